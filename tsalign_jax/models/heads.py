@@ -1,0 +1,53 @@
+"""A backbone with a head: next-token logits, or one reward for each branch."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from tsalign_jax.models.config import DecoderConfig
+from tsalign_jax.models.decoder import Decoder, Layout
+from tsalign_jax.models.layers import Linear
+from tsalign_jax.ops.attention import TrunkAndBranches, flatten
+from tsalign_jax.types import Branches
+
+
+class LanguageModel(nnx.Module):
+  """A decoder with the vocabulary projection, its own or the embeddings'."""
+
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, layout: Layout = "unrolled"):
+    self.config = config
+    self.model = Decoder(config, rngs, layout)
+    self.lm_head = None if config.tied else Linear({"embed": config.embed}, {"vocab": config.vocab}, rngs)
+
+  def head(self, dtype) -> Float[Array, "embed vocab"]:
+    """The vocabulary projection."""
+    matrix = self.model.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+    return matrix.astype(dtype)
+
+  def logits(self, hidden: Float[Array, "*batch embed"], head: Float[Array, "embed vocab"]):
+    """Next-token logits in float32, soft-capped where the model is."""
+    return softcap(jnp.dot(hidden, head, preferred_element_type=jnp.float32), self.config.logit_softcap)
+
+
+class DecoderRewardModel(nnx.Module):
+  """A decoder that gives each branch one score, read at its last real token."""
+
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, layout: Layout = "unrolled"):
+    self.config = config
+    self.model = Decoder(config, rngs, layout)
+    self.score = Linear({"embed": config.embed}, {"label": 1}, rngs)
+
+  def __call__(self, batch: Branches, *, dtype=jnp.float32, remat: bool = False) -> Float[Array, "batch k"]:
+    """The reward of each branch; where a branch is empty, that of its trunk."""
+    hidden, _ = self.model(*flatten(batch), TrunkAndBranches(batch), dtype=dtype, remat=remat)
+    prompt = batch.trunk.shape[1]
+    _, k, response = batch.branches.shape
+    last = prompt + jnp.arange(k) * response + batch.branch_length - 1
+    last = jnp.where(batch.branch_length > 0, last, prompt - 1)
+    at_last = jnp.take_along_axis(hidden, last[..., None], axis=1)
+    return self.score(at_last).astype(jnp.float32)[..., 0]
+
+
+def softcap(logits: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+  """cap * tanh(logits / cap), as in Gemma 2; unchanged where cap is None."""
+  return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -1,0 +1,124 @@
+"""Attention of branch tokens to [their shared trunk | their own branch], without a key for any sibling."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tsalign_jax.types import Branches
+
+MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
+
+
+class Keys(NamedTuple):
+  """Keys and values with the position of each and whether it is a real token.
+
+  The trunk has no K axis: its keys and values exist once for all the branches of a prompt.
+  """
+
+  key: Float[Array, "batch *k length kv_heads head_dim"]
+  value: Float[Array, "batch *k length kv_heads head_dim"]
+  position: Int[Array, "batch *k length"]
+  valid: Bool[Array, "batch *k length"]
+
+
+class Masking(NamedTuple):
+  """What a layer adds to plain causal attention: logit scale, soft cap (Gemma 2), sliding window in tokens."""
+
+  scale: float
+  softcap: float | None = None
+  window: int | Array | None = None
+
+
+def attend(
+  query: Float[Array, "batch k length heads head_dim"],
+  position: Int[Array, "batch k length"],
+  own: Keys,
+  trunk: Keys | None,
+  masking: Masking,
+) -> Float[Array, "batch k length heads head_dim"]:
+  """Softmax attention of each query over its trunk and its own branch, causal by position.
+
+  The two parts are computed apart and joined in the softmax, so the trunk's keys are read once for all branches
+  and nothing is copied to make one long row of keys.
+  """
+  batch, k, length, heads, head_dim = query.shape
+  grouped = query.reshape(batch, k, length, own.key.shape[-2], -1, head_dim)
+  parts = [_logits(grouped, position, own, "bkqhgd,bkshd->bkqhgs", masking)]
+  if trunk is not None:
+    parts.append(_logits(grouped, position, trunk, "bkqhgd,bshd->bkqhgs", masking))
+  highest = jnp.maximum(jnp.max(jnp.stack([part.max(-1) for part in parts]), 0), MASKED / 2)[..., None]
+  weights = [jnp.exp(part - highest) for part in parts]
+  total = sum(weight.sum(-1) for weight in weights)[..., None]
+  out = _mix(weights[0], own.value, "bkqhgs,bkshd->bkqhgd")
+  if trunk is not None:
+    out = out + _mix(weights[1], trunk.value, "bkqhgs,bshd->bkqhgd")
+  out = out / jnp.maximum(total, 1e-30)
+  return out.reshape(batch, k, length, heads, head_dim).astype(query.dtype)
+
+
+def _logits(grouped, position, keys: Keys, equation: str, masking: Masking):
+  logits = jnp.einsum(equation, grouped, keys.key, preferred_element_type=jnp.float32) * masking.scale
+  if masking.softcap is not None:
+    logits = jnp.tanh(logits / masking.softcap) * masking.softcap
+  key_position, valid = keys.position, keys.valid
+  if key_position.ndim == 2:
+    key_position, valid = key_position[:, None], valid[:, None]
+  distance = position[..., :, None] - key_position[..., None, :]
+  visible = valid[..., None, :] & (distance >= 0)
+  if masking.window is not None:
+    visible &= distance < masking.window
+  return jnp.where(visible[:, :, :, None, None, :], logits, MASKED)
+
+
+def _mix(weights, values, equation: str):
+  return jnp.einsum(equation, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+
+
+class TrunkAndBranches:
+  """Attention over a whole `Branches` batch: what scoring and training attend with.
+
+  Tokens come as [batch, prompt + k * response], the trunk first; the callers of `attend` never see a mask.
+  """
+
+  def __init__(self, batch: Branches):
+    self.shape = batch.branches.shape
+    self.prompt = batch.trunk.shape[1]
+    self.trunk_mask, self.branch_mask = batch.trunk_mask, batch.branch_mask
+    self.trunk_position, self.branch_position = positions(batch)
+
+  def __call__(self, query, key, value, *, masking: Masking, layer, cache):
+    """The attention output [batch, tokens, heads, head_dim], and the cache as it came (there is none to keep)."""
+    trunk = Keys(key[:, : self.prompt], value[:, : self.prompt], self.trunk_position, self.trunk_mask)
+    out = attend_trunk(query[:, : self.prompt], trunk, masking)
+    if self.shape[1]:
+      branch = [self._branches(array) for array in (query, key, value)]
+      own = Keys(branch[1], branch[2], self.branch_position, self.branch_mask)
+      branch_out = attend(branch[0], self.branch_position, own, trunk, masking)
+      out = jnp.concatenate([out, branch_out.reshape(out.shape[0], -1, *out.shape[2:])], axis=1)
+    return out, cache
+
+  def _branches(self, array):
+    return array[:, self.prompt :].reshape(*self.shape, *array.shape[2:])
+
+
+def attend_trunk(query: Float[Array, "batch prompt heads head_dim"], trunk: Keys, masking: Masking):
+  """Causal self-attention of the trunk: one branch that has no trunk of its own."""
+  own = Keys(*(array[:, None] for array in trunk))
+  return attend(query[:, None], own.position, own, None, masking)[:, 0]
+
+
+def positions(batch: Branches) -> tuple[Int[Array, "batch prompt"], Int[Array, "batch k response"]]:
+  """Positions of trunk and branch tokens, counted from the first real token of the trunk (padding gets 0)."""
+  prompt, response = batch.trunk.shape[1], batch.branches.shape[2]
+  trunk = jnp.arange(prompt) - (prompt - batch.trunk_length[:, None])
+  branch = jnp.broadcast_to(jnp.arange(response), batch.branches.shape) + batch.trunk_length[:, None, None]
+  return jnp.maximum(trunk, 0), branch
+
+
+def flatten(batch: Branches) -> tuple[Int[Array, "batch tokens"], Int[Array, "batch tokens"]]:
+  """Tokens and positions as the decoder reads them: [batch, prompt + k * response]."""
+  trunk_position, branch_position = positions(batch)
+  rows = batch.trunk.shape[0]
+  tokens = jnp.concatenate([batch.trunk, batch.branches.reshape(rows, -1)], axis=1)
+  return tokens, jnp.concatenate([trunk_position, branch_position.reshape(rows, -1)], axis=1)

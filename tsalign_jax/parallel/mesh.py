@@ -1,0 +1,80 @@
+"""The device mesh, and the one table that says along which mesh axes each logical axis is split."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tsalign_jax.types import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axes that stand in no row here (head_dim, layers, rank, ...) are replicated.
+RULES: Mapping[str, str | tuple[str, ...]] = {
+  "batch": ("data", "fsdp"),
+  "embed": "fsdp",
+  "heads": "tensor",
+  "kv_heads": "tensor",
+  "mlp": "tensor",
+  "vocab": "tensor",
+}
+
+
+def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence | None = None) -> Mesh:
+  """A mesh over all devices with axes (data, fsdp, tensor); one size may be -1, which takes what is left."""
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+  free = [name for name, size in sizes.items() if size == -1]
+  if len(free) > 1:
+    raise UserError(f"mesh: only one axis may be -1, but {' and '.join(free)} are")
+  fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+  if free:
+    sizes[free[0]] = len(devices) // fixed
+  if int(np.prod(list(sizes.values()))) != len(devices):
+    wanted = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    raise UserError(f"mesh: {wanted} does not make {len(devices)}, the number of devices")
+  return Mesh(np.asarray(devices).reshape([sizes[axis] for axis in AXES]), AXES)
+
+
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+  """Where an array with these logical axes lives; an axis that its mesh axes do not divide is replicated."""
+  spec = []
+  for axis, size in zip(axes, shape, strict=True):
+    target = RULES.get(axis) if axis else None
+    names = (target,) if isinstance(target, str) else target or ()
+    ways = int(np.prod([mesh.shape[name] for name in names]))
+    spec.append(target if names and ways > 1 and size % ways == 0 else None)
+  return PartitionSpec(*spec)
+
+
+def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+  """The NamedSharding of an array with these logical axes."""
+  return NamedSharding(mesh, partition_spec(axes, shape, mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of what every device holds whole: scalars, random keys, step counters."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch, mesh: Mesh):
+  """A pytree of host arrays on the devices, its first axis split over the batch axes of the mesh."""
+
+  def put(array):
+    array = np.asarray(array)
+    axes = ("batch", *[None] * (array.ndim - 1)) if array.ndim else ()
+    return jax.device_put(array, sharding(axes, array.shape, mesh))
+
+  return jax.tree.map(put, batch)
+
+
+def constrain_batch(array: jax.Array, mesh: Mesh) -> jax.Array:
+  """The same array, its first axis constrained to the batch axes of the mesh: for activations inside a program."""
+  axes = ("batch", *[None] * (array.ndim - 1))
+  return jax.lax.with_sharding_constraint(array, sharding(axes, array.shape, mesh))
+
+
+def batch_ways(mesh: Mesh) -> int:
+  """Over how many devices the first axis of a batch is split: batch sizes are multiples of it."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,0 +1,115 @@
+"""The vocabulary shared by every floor: conversations, branches, verdicts and pairs."""
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+Message = dict[str, str]  # {"role": "user", "content": "..."}
+Conversation = list[Message]
+
+
+class UserError(Exception):
+  """Wrong input that its author can mend: one sentence that names the key or row and the fix (exit code 2)."""
+
+
+class Prompt(NamedTuple):
+  """One prompt of a run; `id` is its row in the file it came from and seeds everything random about it."""
+
+  id: int
+  messages: Conversation
+  checks: Sequence[dict] = ()  # what the `checks` teacher verifies, empty for other teachers
+
+
+class Finish(enum.StrEnum):
+  """Why a response ended: at an end-of-sequence token, or at the limit of new tokens."""
+
+  STOP = "stop"
+  LENGTH = "length"
+
+
+class Verdict(enum.StrEnum):
+  """A teacher's answer about a pair. Only FIRST and SECOND make a preference; an ERROR never does."""
+
+  FIRST = "first"
+  SECOND = "second"
+  TIE = "tie"
+  INCONSISTENT = "inconsistent"
+  ERROR = "error"
+
+
+@dataclasses.dataclass(frozen=True)
+class CandidatePair:
+  """Two responses to one prompt, put before a teacher. The teacher is not told which one the student prefers."""
+
+  prompt: Prompt
+  first: str
+  second: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+  """A verdict, the probability that `first` is better where the teacher gives one, and what it rests on."""
+
+  verdict: Verdict
+  probability: float | None = None
+  evidence: dict = dataclasses.field(default_factory=dict)
+
+
+class PreferencePair(NamedTuple):
+  """A prompt with a better and a worse response, as text: what crosses from one tokenizer to another."""
+
+  prompt: Conversation
+  chosen: str
+  rejected: str
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Branches:
+  """Prompts with K responses each: the batch layout of sampling, scoring and training.
+
+  The trunk holds prompt tokens, left-padded, so that it ends where its branches begin; a branch holds the tokens
+  of one response, right-padded. Positions of a branch continue those of its trunk:
+
+      trunk     _ _ 7 8 9        trunk_length  3, positions 0 1 2
+      branch 0  4 5 6 _          branch_length 3, positions 3 4 5
+      branch 1  4 2 _ _          branch_length 2, positions 3 4
+  """
+
+  trunk: Int[np.ndarray | jax.Array, "batch prompt"]
+  branches: Int[np.ndarray | jax.Array, "batch k response"]
+  trunk_length: Int[np.ndarray | jax.Array, "batch"]
+  branch_length: Int[np.ndarray | jax.Array, "batch k"]
+
+  @property
+  def trunk_mask(self) -> Bool[jax.Array, "batch prompt"]:
+    """True at the real tokens of each trunk."""
+    columns = np.arange(self.trunk.shape[1])
+    return columns >= self.trunk.shape[1] - self.trunk_length[:, None]
+
+  @property
+  def branch_mask(self) -> Bool[jax.Array, "batch k response"]:
+    """True at the real tokens of each branch."""
+    return np.arange(self.branches.shape[2]) < self.branch_length[..., None]
+
+
+class Rollout(NamedTuple):
+  """One sampled response: its tokens (with the end-of-sequence token, if it came), text and log-probability.
+
+  `logprob` is the sum over its tokens of the policy's log-probability at temperature 1, without any filter.
+  """
+
+  prompt_id: int
+  response_id: int
+  tokens: list[int]
+  text: str
+  logprob: float
+  finish: Finish
+
+
+Scores = Float[np.ndarray, "batch k"]
