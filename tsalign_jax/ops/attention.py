@@ -2,22 +2,25 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tsalign_jax.types import Branches
 
 MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
+_WIDE = {"preferred_element_type": jnp.float32}
 
 
 class Keys(NamedTuple):
   """Keys and values with the position of each and whether it is a real token.
 
-  The trunk has no K axis: its keys and values exist once for all the branches of a prompt.
+  The trunk has no K axis: its keys and values exist once for all the branches of a prompt. Heads come before
+  length, which is how batched matrix products read them: a cache in this layout is never transposed.
   """
 
-  key: Float[Array, "batch *k length kv_heads head_dim"]
-  value: Float[Array, "batch *k length kv_heads head_dim"]
+  key: Float[Array, "batch *k kv_heads length head_dim"]
+  value: Float[Array, "batch *k kv_heads length head_dim"]
   position: Int[Array, "batch *k length"]
   valid: Bool[Array, "batch *k length"]
 
@@ -42,37 +45,39 @@ def attend(
   The two parts are computed apart and joined in the softmax, so the trunk's keys are read once for all branches
   and nothing is copied to make one long row of keys.
   """
-  batch, k, length, heads, head_dim = query.shape
-  grouped = query.reshape(batch, k, length, own.key.shape[-2], -1, head_dim)
-  parts = [_logits(grouped, position, own, "bkqhgd,bkshd->bkqhgs", masking)]
+  batch, k, length, _, head_dim = query.shape
+  grouped = query.reshape(batch, k, length, own.key.shape[2], -1, head_dim)
+  own_logits = _cap(jnp.einsum("bkqhgd,bkhsd->bkhqgs", grouped, own.key, **_WIDE), masking)
+  own_logits = jnp.where(_visible(position, own, masking)[:, :, None, :, None], own_logits, MASKED)
+  highest = jnp.maximum(own_logits.max(-1), MASKED / 2)
   if trunk is not None:
-    parts.append(_logits(grouped, position, trunk, "bkqhgd,bshd->bkqhgs", masking))
-  highest = jnp.maximum(jnp.max(jnp.stack([part.max(-1) for part in parts]), 0), MASKED / 2)[..., None]
-  weights = [jnp.exp(part - highest) for part in parts]
-  total = sum(weight.sum(-1) for weight in weights)[..., None]
-  out = _mix(weights[0], own.value, "bkqhgs,bkshd->bkqhgd")
+    trunk_logits = _cap(jnp.einsum("bkqhgd,bhsd->bhkqgs", grouped, trunk.key, **_WIDE), masking)
+    trunk_logits = jnp.where(_visible(position, trunk, masking)[:, None, :, :, None], trunk_logits, MASKED)
+    highest = jnp.maximum(highest, jnp.moveaxis(trunk_logits.max(-1), 1, 2))
+  highest = jax.lax.stop_gradient(highest)
+  weights = jnp.exp(own_logits - highest[..., None])
+  total = weights.sum(-1)
+  out = jnp.einsum("bkhqgs,bkhsd->bkqhgd", weights.astype(own.value.dtype), own.value, **_WIDE)
   if trunk is not None:
-    out = out + _mix(weights[1], trunk.value, "bkqhgs,bshd->bkqhgd")
-  out = out / jnp.maximum(total, 1e-30)
-  return out.reshape(batch, k, length, heads, head_dim).astype(query.dtype)
+    weights = jnp.exp(trunk_logits - jnp.moveaxis(highest, 2, 1)[..., None])
+    total = total + jnp.moveaxis(weights.sum(-1), 1, 2)
+    out = out + jnp.einsum("bhkqgs,bhsd->bkqhgd", weights.astype(trunk.value.dtype), trunk.value, **_WIDE)
+  out = out / jnp.maximum(jnp.moveaxis(total, 2, 3)[..., None], 1e-30)
+  return out.reshape(query.shape).astype(query.dtype)
 
 
-def _logits(grouped, position, keys: Keys, equation: str, masking: Masking):
-  logits = jnp.einsum(equation, grouped, keys.key, preferred_element_type=jnp.float32) * masking.scale
-  if masking.softcap is not None:
-    logits = jnp.tanh(logits / masking.softcap) * masking.softcap
+def _cap(logits, masking: Masking):
+  logits = logits * masking.scale
+  return logits if masking.softcap is None else jnp.tanh(logits / masking.softcap) * masking.softcap
+
+
+def _visible(position, keys: Keys, masking: Masking) -> Bool[Array, "batch k query key"]:
   key_position, valid = keys.position, keys.valid
   if key_position.ndim == 2:
     key_position, valid = key_position[:, None], valid[:, None]
   distance = position[..., :, None] - key_position[..., None, :]
   visible = valid[..., None, :] & (distance >= 0)
-  if masking.window is not None:
-    visible &= distance < masking.window
-  return jnp.where(visible[:, :, :, None, None, :], logits, MASKED)
-
-
-def _mix(weights, values, equation: str):
-  return jnp.einsum(equation, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+  return visible if masking.window is None else visible & (distance < masking.window)
 
 
 class TrunkAndBranches:
@@ -89,17 +94,24 @@ class TrunkAndBranches:
 
   def __call__(self, query, key, value, *, masking: Masking, layer, cache):
     """The attention output [batch, tokens, heads, head_dim], and the cache as it came (there is none to keep)."""
-    trunk = Keys(key[:, : self.prompt], value[:, : self.prompt], self.trunk_position, self.trunk_mask)
+    trunk = Keys(
+      heads_first(key[:, : self.prompt]), heads_first(value[:, : self.prompt]), self.trunk_position, self.trunk_mask
+    )
     out = attend_trunk(query[:, : self.prompt], trunk, masking)
     if self.shape[1]:
       branch = [self._branches(array) for array in (query, key, value)]
-      own = Keys(branch[1], branch[2], self.branch_position, self.branch_mask)
+      own = Keys(heads_first(branch[1]), heads_first(branch[2]), self.branch_position, self.branch_mask)
       branch_out = attend(branch[0], self.branch_position, own, trunk, masking)
       out = jnp.concatenate([out, branch_out.reshape(out.shape[0], -1, *out.shape[2:])], axis=1)
     return out, cache
 
   def _branches(self, array):
     return array[:, self.prompt :].reshape(*self.shape, *array.shape[2:])
+
+
+def heads_first(array: Float[Array, "batch *k length heads head_dim"]):
+  """Keys or values as a cache holds them: [batch, *k, heads, length, head_dim]."""
+  return jnp.swapaxes(array, -3, -2)
 
 
 def attend_trunk(query: Float[Array, "batch prompt heads head_dim"], trunk: Keys, masking: Masking):

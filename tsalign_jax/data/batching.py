@@ -1,0 +1,56 @@
+"""Ragged token lists to the static shapes that programs are compiled for."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tsalign_jax.types import Branches
+
+
+def round_up(length: int, multiple: int) -> int:
+  """The next multiple of `multiple`, at least one of it."""
+  return max(1, -(-length // multiple)) * multiple
+
+
+def pad_left(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
+  """[len(rows), width] with each row at the right end and zeros before it."""
+  out = np.zeros((len(rows), width), np.int32)
+  for index, row in enumerate(rows):
+    out[index, width - len(row) :] = row
+  return out
+
+
+def pad_right(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
+  """[len(rows), width] with each row at the left end and zeros after it."""
+  out = np.zeros((len(rows), width), np.int32)
+  for index, row in enumerate(rows):
+    out[index, : len(row)] = row
+  return out
+
+
+def make_branches(
+  trunks: Sequence[Sequence[int]], branches: Sequence[Sequence[Sequence[int]]], prompt: int, response: int
+) -> Branches:
+  """Token lists as a `Branches` batch of the given prompt and response widths.
+
+  make_branches([[7, 8]], [[[4], [4, 5]]], 3, 2) has trunk [[0, 7, 8]] and branches [[[4, 0], [4, 5]]].
+  """
+  k = len(branches[0])
+  flat = [tokens for row in branches for tokens in row]
+  return Branches(
+    trunk=pad_left(trunks, prompt),
+    branches=pad_right(flat, response).reshape(len(branches), k, response),
+    trunk_length=np.asarray([len(row) for row in trunks], np.int32),
+    branch_length=np.asarray([len(row) for row in flat], np.int32).reshape(-1, k),
+  )
+
+
+def prompts_only(trunks: Sequence[Sequence[int]], prompt: int) -> Branches:
+  """A batch of trunks without branches: what sampling starts from."""
+  rows = len(trunks)
+  return Branches(
+    trunk=pad_left(trunks, prompt),
+    branches=np.zeros((rows, 0, 0), np.int32),
+    trunk_length=np.asarray([len(row) for row in trunks], np.int32),
+    branch_length=np.zeros((rows, 0), np.int32),
+  )

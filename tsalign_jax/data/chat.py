@@ -1,0 +1,81 @@
+"""Conversations to tokens and back, through the model's own tokenizer and chat template."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tsalign_jax.types import Conversation, UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chat:
+  """A tokenizer with its chat template and the tokens that end a response."""
+
+  tokenizer: PreTrainedTokenizerBase
+  stop_tokens: tuple[int, ...]
+
+  @classmethod
+  def load(cls, folder: Path) -> "Chat":
+    """The chat of a Hugging Face folder. Raises UserError without a tokenizer, template or end token."""
+    tokenizer = load_tokenizer(folder)
+    if not tokenizer.chat_template:
+      raise UserError(
+        f"{folder}: its tokenizer has no chat template; use an instruction-tuned model, or put the template of one "
+        "into chat_template.jinja"
+      )
+    stop = _stop_tokens(Path(folder), tokenizer)
+    if not stop:
+      raise UserError(f"{folder}: neither its configuration nor its tokenizer names an end-of-sequence token")
+    return cls(tokenizer, stop)
+
+  def prompt_tokens(self, messages: Conversation) -> list[int]:
+    """The conversation as the model reads it, up to where its answer begins, with exactly one BOS if it wants one.
+
+    >>> chat.prompt_tokens([{"role": "user", "content": "Hi"}])   # <|im_start|>user Hi <|im_end|> <|im_start|>assistant
+    """
+    text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return self._one_bos(self.tokenizer.encode(text, add_special_tokens=False))
+
+  def conversation_tokens(self, messages: Conversation, response: str) -> tuple[list[int], list[int]]:
+    """Tokens of the prompt and of a response that the model did not sample, the end token included."""
+    return self.prompt_tokens(messages), [
+      *self.tokenizer.encode(response, add_special_tokens=False),
+      self.stop_tokens[0],
+    ]
+
+  def text(self, tokens: Sequence[int]) -> str:
+    """What a person reads: without special tokens and surrounding space."""
+    return self.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
+
+  def _one_bos(self, tokens: list[int]) -> list[int]:
+    bos = self.tokenizer.bos_token_id
+    if bos is None:
+      return tokens
+    wanted = self.tokenizer.encode("a")[:1] == [bos] or tokens[:1] == [bos]
+    body = tokens
+    while body[:1] == [bos]:
+      body = body[1:]
+    tokens = [bos, *body] if wanted else body
+    assert (tokens[:1] == [bos]) == wanted and tokens[1:2] != [bos], "a prompt starts with exactly one BOS"
+    return tokens
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+  """The tokenizer of a Hugging Face folder; UserError when there is none."""
+  folder = Path(folder)
+  if not (folder / "tokenizer_config.json").is_file() and not (folder / "tokenizer.json").is_file():
+    raise UserError(f"{folder}: no tokenizer.json or tokenizer_config.json there")
+  return AutoTokenizer.from_pretrained(folder)
+
+
+def _stop_tokens(folder: Path, tokenizer) -> tuple[int, ...]:
+  """End tokens, the one that ends a chat turn first: of the tokenizer, the generation config and the config."""
+  found = [tokenizer.eos_token_id]
+  for file in ("generation_config.json", "config.json"):
+    if (folder / file).is_file():
+      value = json.loads((folder / file).read_text()).get("eos_token_id")
+      found += value if isinstance(value, list) else [value]
+  return tuple(dict.fromkeys(token for token in found if token is not None))

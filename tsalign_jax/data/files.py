@@ -1,0 +1,110 @@
+"""Prompts and preference pairs from files, in the formats that TRL reads."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from tsalign_jax.types import Conversation, PreferencePair, Prompt, UserError
+
+ROLES = ("system", "user", "assistant")
+
+
+def read_prompts(source: str) -> list[Prompt]:
+  """The prompts of a jsonl or parquet file or of a dataset NAME@SPLIT: a `prompt`, as text or as messages.
+
+  Raises UserError that names the file and the row, when a row has no prompt or no user turn.
+  """
+  prompts = []
+  for index, row in enumerate(read_rows(source)):
+    where = f"{source}: row {index + 1}"
+    if "prompt" not in row:
+      raise UserError(f"{where}: no `prompt`; its keys are {', '.join(row)}")
+    messages = conversation(row["prompt"], where)
+    if messages[-1]["role"] != "user":
+      raise UserError(f"{where}: the prompt must end with a user turn, this one ends with {messages[-1]['role']!r}")
+    prompts.append(Prompt(index, messages, tuple(row.get("checks") or ())))
+  if not prompts:
+    raise UserError(f"{source}: there is no row in it")
+  return prompts
+
+
+def read_preferences(source: str) -> list[PreferencePair]:
+  """The preference pairs of a file or dataset: prompt (or a shared start), chosen and rejected, text or messages."""
+  pairs = []
+  for index, row in enumerate(read_rows(source)):
+    where = f"{source}: row {index + 1}"
+    for key in ("chosen", "rejected"):
+      if not row.get(key):
+        raise UserError(f"{where}: no `{key}`; its keys are {', '.join(row)}")
+    pairs.append(_preference(row, where))
+  if not pairs:
+    raise UserError(f"{source}: there is no row in it")
+  return pairs
+
+
+def read_rows(source: str) -> Iterator[dict[str, Any]]:
+  """The rows of a jsonl or parquet file, or of a dataset NAME@SPLIT that `datasets` can load."""
+  path = Path(source)
+  if path.suffix in (".jsonl", ".parquet") and not path.is_file():
+    raise UserError(f"{source}: there is no such file")
+  if path.suffix == ".jsonl":
+    return _read_jsonl(path)
+  if path.suffix == ".parquet":
+    return iter(pq.read_table(path).to_pylist())
+  name, at, split = source.partition("@")
+  if not at:
+    raise UserError(f"{source}: give a .jsonl or .parquet file, or a dataset as NAME@SPLIT")
+  import datasets  # takes a second to import, and most runs read files
+
+  return iter(datasets.load_dataset(name, split=split))
+
+
+def conversation(value: Any, where: str) -> Conversation:
+  """A prompt as messages: text is one user turn. Raises UserError for anything else, or without a user turn."""
+  if isinstance(value, str) and value.strip():
+    return [{"role": "user", "content": value}]
+  if not isinstance(value, list) or not value:
+    raise UserError(f"{where}: a prompt is text or a list of messages, this one is {value!r}")
+  for message in value:
+    valid = isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
+    if not valid:
+      raise UserError(f"{where}: a message is {{role: {' | '.join(ROLES)}, content: text}}, this one is {message!r}")
+  if not any(message["role"] == "user" and message["content"].strip() for message in value):
+    raise UserError(f"{where}: the prompt has no user turn; add a message with role user and some content")
+  return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _preference(row: dict, where: str) -> PreferencePair:
+  chosen, rejected = row["chosen"], row["rejected"]
+  if "prompt" in row:
+    return PreferencePair(conversation(row["prompt"], where), _response(chosen, where), _response(rejected, where))
+  if isinstance(chosen, str) or chosen[:-1] != rejected[:-1] or len(chosen) < 2:
+    raise UserError(f"{where}: no `prompt`, and chosen and rejected are not conversations that share all but the end")
+  return PreferencePair(
+    conversation(chosen[:-1], where), _response(chosen[-1:], where), _response(rejected[-1:], where)
+  )
+
+
+def _response(value: Any, where: str) -> str:
+  if isinstance(value, str):
+    return value
+  if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and "content" in value[0]:
+    return value[0]["content"]
+  raise UserError(f"{where}: a response is text or one assistant message, this one is {value!r}")
+
+
+def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+  with path.open() as lines:
+    for number, line in enumerate(lines, 1):
+      if not line.strip():
+        continue
+      try:
+        row = json.loads(line)
+      except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {number} is not valid JSON ({error.msg} at column {error.colno})") from error
+      if not isinstance(row, dict):
+        raise UserError(f"{path}: line {number} is a {type(row).__name__}, not an object with keys")
+      yield row

@@ -1,0 +1,87 @@
+"""Key-value caches of one or of stacked layers, and the attention that fills and reads them.
+
+A cache is a tuple with one entry a layer (unrolled layers), or one pytree whose arrays lead with a layer axis
+(stacked layers: the scan carries it whole, so that no step copies it).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tsalign_jax.models.config import DecoderConfig
+from tsalign_jax.models.decoder import Layout
+from tsalign_jax.ops.attention import Keys, Masking, attend, attend_trunk, heads_first, positions
+from tsalign_jax.types import Branches
+
+
+class KV(NamedTuple):
+  """Keys and values of some tokens, heads before length."""
+
+  key: Float[Array, "batch *k kv_heads length head_dim"]
+  value: Float[Array, "batch *k kv_heads length head_dim"]
+
+
+Cache = tuple[KV, ...] | KV
+
+
+def empty_cache(config: DecoderConfig, layout: Layout, lead: tuple[int, ...], length: int, dtype) -> Cache:
+  """A cache of zeros for every layer; `lead` is (batch,) for trunks and (batch, k) for branches."""
+  shape = (*lead, config.kv_heads, length, config.head_dim)
+  if layout == "stacked":
+    return KV(*(jnp.zeros((config.layers, *shape), dtype) for _ in range(2)))
+  return tuple(KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers))
+
+
+def read(cache: Cache, layer) -> KV:
+  """The keys and values of one layer."""
+  return cache[layer] if not isinstance(cache, KV) else KV(*(array[layer] for array in cache))
+
+
+def write(cache: Cache, layer, entry: KV) -> Cache:
+  """The cache with one layer's entry replaced."""
+  if not isinstance(cache, KV):
+    return (*cache[:layer], entry, *cache[layer + 1 :])
+  return KV(*(array.at[layer].set(new) for array, new in zip(cache, entry, strict=True)))
+
+
+class Prefill:
+  """Self-attention of the trunks that leaves their keys and values in the cache."""
+
+  def __init__(self, batch: Branches):
+    self.mask = batch.trunk_mask
+    self.position, _ = positions(batch)
+
+  def __call__(self, query, key, value, *, masking: Masking, layer, cache: Cache):
+    """The attention output [batch, prompt, heads, head_dim] and the filled cache."""
+    entry = KV(heads_first(key), heads_first(value))
+    out = attend_trunk(query, Keys(*entry, self.position, self.mask), masking)
+    return out, write(cache, layer, jax.tree.map(lambda new, old: new.astype(old.dtype), entry, read(cache, layer)))
+
+
+class Decode:
+  """Attention of one new token a branch to [shared trunk | own branch up to now]."""
+
+  def __init__(self, batch: Branches, trunk: Cache, k: int, length: int, step: Int[Array, ""]):
+    rows = batch.trunk.shape[0]
+    self.trunk, self.step, self.k = trunk, step, k
+    self.trunk_mask = batch.trunk_mask
+    self.trunk_position, _ = positions(batch)
+    columns = jnp.broadcast_to(jnp.arange(length), (rows, k, length))
+    self.valid = columns <= step
+    self.position = columns + batch.trunk_length[:, None, None]
+    self.query_position = jnp.broadcast_to(batch.trunk_length[:, None, None] + step, (rows, k, 1))
+
+  def __call__(self, query, key, value, *, masking: Masking, layer, cache: Cache):
+    """The attention output [batch, k, heads, head_dim] and the cache with this step's keys and values."""
+    entry = read(cache, layer)
+    added = KV(*(self._put(old, new) for old, new in zip(entry, (key, value), strict=True)))
+    own = Keys(*added, self.position, self.valid)
+    trunk = Keys(*read(self.trunk, layer), self.trunk_position, self.trunk_mask)
+    out = attend(query[:, :, None], self.query_position, own, trunk, masking)
+    return out[:, :, 0], write(cache, layer, added)
+
+  def _put(self, old, new):
+    # [batch, k, heads, head_dim] into column `step` of [batch, k, heads, length, head_dim]
+    return jax.lax.dynamic_update_slice_in_dim(old, new[..., None, :].astype(old.dtype), self.step, axis=3)

@@ -1,0 +1,88 @@
+"""Drawing one token a row: filters without a sort, and a draw that costs one random number a row."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from tsalign_jax.config import Sampling
+
+BLOCK = 256  # tokens
+
+
+def keep_top_k(probs: Float[Array, "*rows vocab"], k: int) -> Float[Array, "*rows vocab"]:
+  """The k most likely tokens (and any tied with the last of them); the others become 0."""
+  floor = _largest_floor(probs, lambda kept: (kept > 0).sum(-1) >= min(k, probs.shape[-1]))
+  return jnp.where(probs >= floor[..., None], probs, 0.0)
+
+
+def keep_top_p(probs: Float[Array, "*rows vocab"], p: float) -> Float[Array, "*rows vocab"]:
+  """The smallest set of most likely tokens with at least p of all probability (Holtzman et al. 2020)."""
+  total = probs.sum(-1)
+  floor = _largest_floor(probs, lambda kept: kept.sum(-1) >= p * total)
+  return jnp.where(probs >= floor[..., None], probs, 0.0)
+
+
+def keep_min_p(probs: Float[Array, "*rows vocab"], share: float) -> Float[Array, "*rows vocab"]:
+  """Tokens at least `share` times as likely as the likeliest one (Nguyen et al. 2024)."""
+  return jnp.where(probs >= share * probs.max(-1, keepdims=True), probs, 0.0)
+
+
+def _largest_floor(probs, enough):
+  """The largest value v of each row such that the tokens with probability >= v are `enough`.
+
+  Floats that are not negative order like their bits, so 31 halvings of an integer range find it exactly.
+  """
+
+  def halve(_, bounds):
+    low, high = bounds
+    middle = low + (high - low + 1) // 2
+    floor = jax.lax.bitcast_convert_type(middle, jnp.float32)
+    ok = enough(jnp.where(probs >= floor[..., None], probs, 0.0))
+    return jnp.where(ok, middle, low), jnp.where(ok, high, middle - 1)
+
+  low = jnp.zeros(probs.shape[:-1], jnp.int32)
+  high = jax.lax.bitcast_convert_type(probs.max(-1), jnp.int32)
+  low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
+  return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def filtered_probs(logits: Float[Array, "*rows vocab"], sampling: Sampling) -> Float[Array, "*rows vocab"]:
+  """The distribution drawn from, not normalised: temperature, then top-k, top-p and min-p, as transformers do."""
+  probs = jax.nn.softmax(logits / sampling.temperature, axis=-1)
+  if sampling.top_k:
+    probs = keep_top_k(probs, sampling.top_k)
+  if sampling.top_p < 1:
+    probs = keep_top_p(probs, sampling.top_p)
+  if sampling.min_p:
+    probs = keep_min_p(probs, sampling.min_p)
+  return probs
+
+
+def draw(logits: Float[Array, "*rows vocab"], keys: Key[Array, "*rows"], sampling: Sampling) -> Int[Array, "*rows"]:
+  """One token a row, by inverting the cumulative distribution at one uniform number a row.
+
+  The sum is accumulated in two levels, over blocks of tokens and then inside the chosen block, because a running
+  sum over the whole vocabulary costs more than several layers of a small model.
+  """
+  probs = filtered_probs(logits, sampling)
+  rows, vocab = probs.shape[:-1], probs.shape[-1]
+  uniform = jax.vmap(jax.random.uniform)(keys.reshape(-1)).reshape(rows)
+  blocks = jnp.pad(probs, [(0, 0)] * len(rows) + [(0, -vocab % BLOCK)]).reshape(*rows, -1, BLOCK)
+  ends = jnp.cumsum(blocks.sum(-1), axis=-1)
+  target = uniform * ends[..., -1]
+  block, start = _first_beyond(ends, target)
+  inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+  token, _ = _first_beyond(jnp.cumsum(inside, axis=-1), target - start)
+  return (block * BLOCK + token).astype(jnp.int32)
+
+
+def _first_beyond(ends, target):
+  """The first index at which a running sum exceeds the target, and the sum before it.
+
+  Where rounding puts the target at or past the last sum, the last index that adds anything: never one of weight 0.
+  """
+  before = jnp.pad(ends[..., :-1], [(0, 0)] * (ends.ndim - 1) + [(1, 0)])
+  adds = ends > before
+  last = ends.shape[-1] - 1 - jnp.argmax(adds[..., ::-1], axis=-1)
+  index = jnp.minimum((ends <= target[..., None]).sum(-1), last)
+  return index, jnp.take_along_axis(before, index[..., None], axis=-1)[..., 0]
