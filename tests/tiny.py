@@ -45,6 +45,23 @@ REWARD = {
   "gemma2": hf.Gemma2ForSequenceClassification,
   "gemma3": hf.Gemma3TextForSequenceClassification,
 }
+ENCODER_SIZES = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+BERT = (hf.BertConfig, hf.BertModel, hf.BertForSequenceClassification)
+ROBERTA = (hf.RobertaConfig, hf.RobertaModel, hf.RobertaForSequenceClassification)
+MODERN_BERT = (hf.ModernBertConfig, hf.ModernBertModel, hf.ModernBertForSequenceClassification)
+LOCAL = {
+  "local_attention": 8,
+  "layer_types": ["full_attention", "sliding_attention"] * 2,
+  "cls_token_id": 1,
+  "sep_token_id": 2,
+}
+BIASES = {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "classifier_bias": True}
+ENCODERS = {
+  "bert": (*BERT, {}),
+  "roberta": (*ROBERTA, {"pad_token_id": 1, "bos_token_id": 0, "type_vocab_size": 1}),
+  "modernbert": (*MODERN_BERT, LOCAL),
+  "modernbert_mean": (*MODERN_BERT, {**LOCAL, **BIASES, "classifier_pooling": "mean"}),
+}
 
 
 def decoder(family: str, folder: pathlib.Path, *, reward: bool = False, seed: int = 0):
@@ -52,6 +69,14 @@ def decoder(family: str, folder: pathlib.Path, *, reward: bool = False, seed: in
   config_class, model_class, extra = DECODERS[family]
   config = config_class(**(SIZES | extra), **({"num_labels": 1} if reward else {}), attn_implementation="eager")
   return _save((REWARD[family] if reward else model_class)(config), folder, seed)
+
+
+def encoder(family: str, folder: pathlib.Path, *, reward: bool = False, seed: int = 0):
+  """Saves a tiny random encoder of this family, bare or with a reward head, and returns the PyTorch model."""
+  config_class, bare_class, reward_class, extra = ENCODERS[family]
+  labels = {"num_labels": 1} if reward else {}
+  config = config_class(**(ENCODER_SIZES | extra), **labels, attn_implementation="eager")
+  return _save((reward_class if reward else bare_class)(config), folder, seed)
 
 
 def _save(model, folder: pathlib.Path, seed: int):

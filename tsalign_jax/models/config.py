@@ -86,14 +86,14 @@ class EncoderConfig:
   max_positions: int
   norm_eps: float
   activation: str
-  pad: int
+  layer_ropes: tuple[int | None, ...]  # index into ropes, one a layer; None where positions are absolute
+  windows: tuple[int | None, ...]  # tokens to either side, one a layer
+  first_position: int = 0  # RoBERTa counts from pad + 1
   type_vocab: int = 0
   norm_bias: bool = True
   attention_bias: bool = True
   mlp_bias: bool = True
   ropes: tuple[Rope, ...] = ()
-  layer_ropes: tuple[int, ...] = ()
-  windows: tuple[int | None, ...] = ()  # tokens to either side
   classifier_activation: str = "tanh"
   classifier_bias: bool = True
   pooling: str = "cls"
@@ -103,6 +103,11 @@ class EncoderConfig:
   def head_dim(self) -> int:
     """Width of one attention head."""
     return self.embed // self.heads
+
+  @property
+  def max_tokens(self) -> int:
+    """How many tokens the longest sequence has for which there are positions."""
+    return self.max_positions - self.first_position
 
 
 ModelConfig = DecoderConfig | EncoderConfig
@@ -174,11 +179,13 @@ def _encoder(source, family: str, reward: bool) -> EncoderConfig:
     "max_positions": source.max_position_embeddings,
     "norm_eps": source.norm_eps if modern else source.layer_norm_eps,
     "activation": source.hidden_activation if modern else source.hidden_act,
-    "pad": source.pad_token_id or 0,
     "reward_head": reward,
   }
   if not modern:
-    return EncoderConfig(**shared, type_vocab=source.type_vocab_size)
+    nowhere = (None,) * source.num_hidden_layers
+    first = source.pad_token_id + 1 if family == "roberta" else 0
+    absolute = {"layer_ropes": nowhere, "windows": nowhere, "first_position": first}
+    return EncoderConfig(**shared, **absolute, type_vocab=source.type_vocab_size)
   ropes, layer_ropes = _ropes(source)
   half = source.local_attention // 2
   return EncoderConfig(

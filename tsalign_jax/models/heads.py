@@ -1,12 +1,13 @@
-"""A backbone with a head: next-token logits, or one reward for each branch."""
+"""A backbone with a head: next-token logits, or one reward for each branch (each row, for an encoder)."""
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from tsalign_jax.models.config import DecoderConfig
+from tsalign_jax.models.config import DecoderConfig, EncoderConfig
 from tsalign_jax.models.decoder import Decoder, Layout
-from tsalign_jax.models.layers import Linear
+from tsalign_jax.models.encoder import Encoder
+from tsalign_jax.models.layers import ACTIVATIONS, LayerNorm, Linear
 from tsalign_jax.ops.attention import TrunkAndBranches, flatten
 from tsalign_jax.types import Branches
 
@@ -46,6 +47,43 @@ class DecoderRewardModel(nnx.Module):
     last = jnp.where(batch.branch_length > 0, last, prompt - 1)
     at_last = jnp.take_along_axis(hidden, last[..., None], axis=1)
     return self.score(at_last).astype(jnp.float32)[..., 0]
+
+
+class EncoderRewardModel(nnx.Module):
+  """An encoder that gives each row one score: transformers' `...ForSequenceClassification` with one label.
+
+  The families differ in names only: what is `dense` here is BERT's pooler, RoBERTa's `classifier.dense` and
+  ModernBERT's `head.dense`; of them, only ModernBERT has a `norm`.
+  """
+
+  def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+    self.config = config
+    self.model = Encoder(config, rngs)
+    pooled = {"pooled": config.embed}
+    self.dense = Linear({"embed": config.embed}, pooled, rngs, bias=config.classifier_bias)
+    modern = config.family == "modernbert"
+    self.norm = LayerNorm(config.embed, config.norm_eps, bias=config.norm_bias) if modern else None
+    self.out = Linear(pooled, {"label": 1}, rngs, bias=True)
+
+  def __call__(
+    self,
+    tokens: Int[Array, "rows length"],
+    mask: Bool[Array, "rows length"],
+    token_types: Int[Array, "rows length"] | None = None,
+    *,
+    dtype=jnp.float32,
+    remat: bool = False,
+  ) -> Float[Array, "rows"]:
+    """The reward of each row, read at its first token or, where the configuration says so, from the mean of all."""
+    hidden = self.model(tokens, mask, token_types, dtype=dtype, remat=remat)
+    pooled = hidden[:, 0] if self.config.pooling == "cls" else _mean(hidden, mask)
+    pooled = ACTIVATIONS[self.config.classifier_activation](self.dense(pooled))
+    return self.out(pooled if self.norm is None else self.norm(pooled)).astype(jnp.float32)[:, 0]
+
+
+def _mean(hidden, mask):
+  total = jnp.where(mask[..., None], hidden, 0).sum(axis=1, dtype=jnp.float32)
+  return (total / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)).astype(hidden.dtype)
 
 
 def softcap(logits: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:

