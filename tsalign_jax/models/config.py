@@ -72,6 +72,11 @@ class DecoderConfig:
   logit_softcap: float | None = None
   reward_head: bool = False
 
+  @property
+  def max_tokens(self) -> int:
+    """The longest sequence it was made for."""
+    return self.max_positions
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:

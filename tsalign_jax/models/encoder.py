@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tsalign_jax.models.config import EncoderConfig
 from tsalign_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, Rotation, rotate, rotation
+from tsalign_jax.ops.einsum import wide_einsum
 from tsalign_jax.types import UserError
 
 MASKED = -1e30  # finite, so that a query with no visible key averages what is there and does not become NaN
@@ -157,10 +158,10 @@ def attention(
   """Softmax attention of each query over the keys it may see; `turn` rotates queries and keys by position."""
   if turn is not None:
     query, key = rotate(query, turn), rotate(key, turn)
-  logits = jnp.einsum("rqhd,rkhd->rhqk", query, key, preferred_element_type=jnp.float32)
+  logits = wide_einsum("rqhd,rkhd->rhqk", query, key)
   logits = jnp.where(visible[:, None], logits * query.shape[-1] ** -0.5, MASKED)
   weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-  out = jnp.einsum("rhqk,rkhd->rqhd", weights, value, preferred_element_type=jnp.float32)
+  out = wide_einsum("rhqk,rkhd->rqhd", weights, value)
   return out.astype(query.dtype)
 
 

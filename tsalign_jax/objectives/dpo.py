@@ -24,7 +24,10 @@ def sft(logps: Float[Array, "batch 2"], lengths: Int[Array, "batch 2"]) -> Float
 def metrics(
   logps: Float[Array, "batch 2"], reference_logps: Float[Array, "batch 2"], *, beta: float
 ) -> dict[str, Float[Array, "batch"]]:
-  """What TRL reports of each pair, under its names; rewards are beta * log(policy/reference)."""
+  """What TRL reports of each pair, under its names; rewards are beta * log(policy/reference).
+
+  `logps/drift` is ours: |log(policy/reference)| in nats, the mean of the two; 0 where the policy is the reference.
+  """
   rewards = beta * (logps - reference_logps)
   return {
     "rewards/chosen": rewards[:, 0],
@@ -33,4 +36,5 @@ def metrics(
     "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).astype(jnp.float32),
     "logps/chosen": logps[:, 0],
     "logps/rejected": logps[:, 1],
+    "logps/drift": jnp.abs(logps - reference_logps).mean(axis=1),
   }

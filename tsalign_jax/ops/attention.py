@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tsalign_jax.ops.einsum import wide_einsum
 from tsalign_jax.types import Branches
 
 MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
-_WIDE = {"preferred_element_type": jnp.float32}
 
 
 class Keys(NamedTuple):
@@ -47,21 +47,21 @@ def attend(
   """
   batch, k, length, _, head_dim = query.shape
   grouped = query.reshape(batch, k, length, own.key.shape[2], -1, head_dim)
-  own_logits = _cap(jnp.einsum("bkqhgd,bkhsd->bkhqgs", grouped, own.key, **_WIDE), masking)
+  own_logits = _cap(wide_einsum("bkqhgd,bkhsd->bkhqgs", grouped, own.key), masking)
   own_logits = jnp.where(_visible(position, own, masking)[:, :, None, :, None], own_logits, MASKED)
   highest = jnp.maximum(own_logits.max(-1), MASKED / 2)
   if trunk is not None:
-    trunk_logits = _cap(jnp.einsum("bkqhgd,bhsd->bhkqgs", grouped, trunk.key, **_WIDE), masking)
+    trunk_logits = _cap(wide_einsum("bkqhgd,bhsd->bhkqgs", grouped, trunk.key), masking)
     trunk_logits = jnp.where(_visible(position, trunk, masking)[:, None, :, :, None], trunk_logits, MASKED)
     highest = jnp.maximum(highest, jnp.moveaxis(trunk_logits.max(-1), 1, 2))
   highest = jax.lax.stop_gradient(highest)
   weights = jnp.exp(own_logits - highest[..., None])
   total = weights.sum(-1)
-  out = jnp.einsum("bkhqgs,bkhsd->bkqhgd", weights.astype(own.value.dtype), own.value, **_WIDE)
+  out = wide_einsum("bkhqgs,bkhsd->bkqhgd", weights.astype(own.value.dtype), own.value)
   if trunk is not None:
     weights = jnp.exp(trunk_logits - jnp.moveaxis(highest, 2, 1)[..., None])
     total = total + jnp.moveaxis(weights.sum(-1), 1, 2)
-    out = out + jnp.einsum("bhkqgs,bhsd->bkqhgd", weights.astype(trunk.value.dtype), trunk.value, **_WIDE)
+    out = out + wide_einsum("bhkqgs,bhsd->bkqhgd", weights.astype(trunk.value.dtype), trunk.value)
   out = out / jnp.maximum(jnp.moveaxis(total, 2, 3)[..., None], 1e-30)
   return out.reshape(query.shape).astype(query.dtype)
 

@@ -1,0 +1,123 @@
+"""The `tsalign` command."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tsalign_jax.types import UserError
+
+app = typer.Typer(
+  add_completion=False,
+  no_args_is_help=True,
+  pretty_exceptions_enable=False,
+  context_settings={"help_option_names": ["-h", "--help"]},
+  help="Align a language model with preferences mined from its own answers (TS-Align), on TPU, GPU or CPU.",
+)
+console = Console()
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file; every key is described in tsalign_jax/config.py.")]
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
+
+
+@app.command()
+def run(
+  config: ConfigFile,
+  overrides: Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Replace values of the file, such as align.beta=0.2 rounds=3."),
+  ] = None,
+) -> None:
+  """Run TS-Align, or continue a run.
+
+  Each round, the policy answers every prompt several times, the student picks its best and its worst answer, the
+  teacher decides which of the two is better, and both models learn from that. Everything is written to the folder
+  that the key `run` names: models, tables, metrics.json and report.html.
+
+  The same command continues a run that was stopped at any point; stages that are done are not done again.
+  """
+  from tsalign_jax.config import load_config
+  from tsalign_jax.loop import run as run_recipe
+  from tsalign_jax.progress import terminal_progress
+  from tsalign_jax.report.table import closing_table
+
+  settings = load_config(config, overrides or [])
+  run_recipe(settings, terminal_progress(console))
+  console.print(closing_table(settings.run))
+  console.print(f"Report: {settings.run / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+  """Write RUN/report.html again and print the closing table."""
+  from tsalign_jax.report.html import write_report
+  from tsalign_jax.report.table import closing_table
+
+  _need_run(run)
+  console.print(closing_table(run))
+  console.print(f"Report: {write_report(run)}", soft_wrap=True)
+
+
+@app.command()
+def export(
+  run: RunFolder,
+  out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.")],
+  round: Annotated[int | None, typer.Option(help="Which round's model; the last finished one by default.")] = None,
+  student: Annotated[bool, typer.Option("--student", help="The student instead of the policy.")] = False,
+  dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+) -> None:
+  """Write an aligned model as a Hugging Face folder, which transformers and vLLM load."""
+  from tsalign_jax.export import export_model
+
+  _need_run(run)
+  export_model(run, out, round=round, student=student, dtype=dtype)
+  console.print(f"Wrote {out}", soft_wrap=True)
+
+
+@app.command("import-gguf")
+def import_gguf(
+  file: Annotated[Path, typer.Argument(help="GGUF file of a Llama-family model, in any usual quantisation.")],
+  out: Annotated[Path, typer.Argument(help="Folder to write.")],
+) -> None:
+  """Turn a GGUF file with its tokenizer and chat template into a Hugging Face folder."""
+  from tsalign_jax.models.gguf import import_gguf
+
+  import_gguf(file, out)
+  console.print(f"Wrote {out}", soft_wrap=True)
+
+
+@app.command()
+def generate(
+  out: Annotated[Path, typer.Argument(help="Folder to write train.jsonl and heldout.jsonl into.")],
+  train: Annotated[int, typer.Option(min=1, help="Training prompts.")] = 1000,
+  heldout: Annotated[int, typer.Option(min=1, help="Held-out prompts, on other topics with other combinations.")] = 200,
+  seed: Annotated[int, typer.Option(help="Two runs with one seed write the same prompts.")] = 0,
+) -> None:
+  """Generate prompts with instructions that a program can verify, for the `checks` teacher."""
+  from tsalign_jax.demo_prompts import generate as generate_prompts
+  from tsalign_jax.demo_prompts import write_jsonl
+
+  for name, rows in zip(("train", "heldout"), generate_prompts(train, heldout, seed), strict=True):
+    console.print(f"Wrote {write_jsonl(rows, out / f'{name}.jsonl')}", soft_wrap=True)
+
+
+def _need_run(folder: Path) -> None:
+  if not (folder / "config.yaml").is_file():
+    raise UserError(f"{folder}: not a run folder, there is no config.yaml in it")
+
+
+def main() -> None:
+  """Entry point: a UserError is one sentence on standard error and exit code 2."""
+  os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+  try:
+    app()
+  except UserError as error:
+    Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False, markup=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,137 @@
+"""A run: the stages of its recipe one after the other, each committed before the next; resuming is running again."""
+
+import contextlib
+import fcntl
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import yaml
+
+from tsalign_jax.config import Config, changed_keys, dump_config
+from tsalign_jax.manifest import Manifest, fingerprint, write_json
+from tsalign_jax.models.config import read_config
+from tsalign_jax.models.loading import language_model, reward_model
+from tsalign_jax.models.lora import adapted_skeleton
+from tsalign_jax.parallel.mesh import make_mesh
+from tsalign_jax.recipes.ts_align import Step, round_name, ts_align
+from tsalign_jax.report.html import write_report
+from tsalign_jax.stages.base import Job, Progress
+from tsalign_jax.types import UserError
+
+EXTENSIBLE = {"rounds"}  # keys that may grow between two runs on one folder
+
+
+def run(config: Config, progress_of: Callable[[str], Progress]) -> None:
+  """Runs every stage that has not committed yet. Killed anywhere and called again, it ends the same.
+
+  `progress_of(stage)` gives a stage its progress display. Raises UserError for wrong input before any device work,
+  and for a run folder that holds another configuration or damaged files.
+  """
+  _check_models(config)
+  with _locked(config.run):
+    _check_config(config)
+    manifest, mesh = Manifest(config.run), make_mesh(**config.mesh.model_dump())
+    steps = list(ts_align(config))
+    committed = [step for step in steps if step.name in manifest.stages]
+    for step in committed:
+      manifest.verify(step.name, step.reads)
+    for step in steps:
+      if step not in committed:
+        _execute(step, config, mesh, manifest, progress_of(step.name))
+      if step.name.endswith("/evaluate"):
+        write_metrics(config.run, manifest, step.folder)
+        write_report(config.run)
+
+
+def write_metrics(run: Path, manifest: Manifest, folder: str) -> None:
+  """Writes a round's `metrics.json`, and the run's, from what its stages reported."""
+  entries = {name.split("/")[1]: entry for name, entry in manifest.stages.items() if name.startswith(folder + "/")}
+  prepared = manifest.stages["round_00/prepare"]["counts"]
+  too_long = prepared["train_dropped"] + prepared["heldout_dropped"]
+  dropped = {"prompt too long": too_long} | entries["mine"]["counts"]["dropped"] | entries["pair"]["counts"]["dropped"]
+  metrics = {
+    "round": int(folder.removeprefix("round_")),
+    **entries["evaluate"]["counts"],
+    "pairs": entries["pair"]["counts"]["pairs"],
+    "flip_rate": entries["pair"]["counts"]["flip_rate"],
+    "dropped": {reason: count for reason, count in dropped.items() if count},
+    "seconds": {name: round(entry["seconds"], 1) for name, entry in entries.items()},
+  }
+  write_json(run / folder / "metrics.json", metrics)
+  write_json(run / "metrics.json", metrics)
+
+
+def _execute(step: Step, config: Config, mesh, manifest: Manifest, progress: Progress) -> None:
+  """Runs one stage into a folder of its own, moves what it wrote into place, and commits."""
+  started = time.monotonic()
+  folder = config.run / step.folder
+  partial, out = folder / f"{step.name.split('/')[1]}.partial", folder / f"{step.name.split('/')[1]}.out"
+  shutil.rmtree(out, ignore_errors=True)
+  out.mkdir(parents=True)
+  partial.mkdir(exist_ok=True)
+  spent = partial / "seconds"  # of earlier attempts, so that a killed run reports its whole time
+  before = float(spent.read_text()) if spent.exists() else 0.0
+  writes = {name: out / file for name, file in step.writes.items()}
+  job = Job(step.name, step.reads, writes, partial, step.options, config, mesh, progress)
+  try:
+    counts = step.stage(job)
+  finally:
+    spent.write_text(str(before + time.monotonic() - started))
+  final = {name: folder / file for name, file in step.writes.items()}
+  for name, path in writes.items():
+    if final[name].is_dir():
+      shutil.rmtree(final[name])
+    path.replace(final[name])
+  entry = {
+    "reads": {manifest.name(path): fingerprint(path) for path in step.reads.values()},
+    "writes": {manifest.name(path): fingerprint(path) for path in final.values()},
+    "seconds": before + time.monotonic() - started,
+    "counts": counts,
+  }
+  manifest.commit(step.name, entry)
+  shutil.rmtree(partial)
+  shutil.rmtree(out)
+
+
+def _check_models(config: Config) -> None:
+  """Everything about the two models that can be wrong, before a device is touched."""
+  policy, student = language_model(config.policy), reward_model(config.student)
+  adapted_skeleton(policy, config.align.lora)
+  if config.student.warm_start is None and not read_config(student.folder).reward_head:
+    raise UserError(f"student.path: {student.folder} has no reward head; set student.warm_start to train one")
+
+
+def _check_config(config: Config) -> None:
+  """The run folder's configuration is this one, but for keys that may grow; a new folder gets this one."""
+  file = config.run / "config.yaml"
+  if file.exists():
+    before, now = yaml.safe_load(file.read_text()), yaml.safe_load(dump_config(config))
+    for key, old, new in changed_keys(before, now):
+      if key not in EXTENSIBLE or new < old:
+        raise UserError(
+          f"{key}: this run folder was made with {old!r}, the configuration now says {new!r}; "
+          f"put {old!r} back, or choose another run folder than {config.run}"
+        )
+  temporary = file.with_name("config.yaml.tmp")
+  temporary.write_text(dump_config(config))
+  temporary.replace(file)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+  """Holds the run folder: two processes in one folder would overwrite each other."""
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / ".lock").open("w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise UserError(f"{folder}: another process is running in this folder") from error
+    yield
+
+
+def rounds_done(run: Path) -> list[int]:
+  """The rounds of a run that have been evaluated."""
+  stages = Manifest(run).stages
+  return [n for n in range(1, 1000) if f"{round_name(n)}/evaluate" in stages]

@@ -1,0 +1,76 @@
+"""The manifest of a run: which stages have committed, and the hash of everything that they read and wrote."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tsalign_jax.types import UserError
+
+Entry = dict[str, Any]  # {"reads": {path: hash}, "writes": {path: hash}, "seconds": float, "counts": {...}}
+
+
+class Manifest:
+  """`manifest.json` of a run folder. A stage is in it, or it has not happened."""
+
+  def __init__(self, run: Path):
+    self.run, self.file = Path(run), Path(run) / "manifest.json"
+    self.stages: dict[str, Entry] = json.loads(self.file.read_text())["stages"] if self.file.exists() else {}
+
+  def commit(self, stage: str, entry: Entry) -> None:
+    """Adds a stage; on disk before this returns."""
+    self.stages[stage] = entry
+    write_json(self.file, {"version": 1, "stages": self.stages})
+
+  def verify(self, stage: str, reads: Mapping[str, Path]) -> None:
+    """Raises UserError when what a committed stage read or wrote is not what it was."""
+    entry = self.stages[stage]
+    for path, digest in entry["writes"].items():
+      where = self.run / path
+      if not where.exists():
+        raise UserError(f"{where}: missing, although stage {stage} wrote it; restore it, or start a new run folder")
+      if fingerprint(where) != digest:
+        raise UserError(
+          f"{where}: changed or damaged since stage {stage} wrote it; restore it, or start a new run folder"
+        )
+    for path in reads.values():
+      name = self.name(path)
+      if entry["reads"].get(name) != fingerprint(path):
+        raise UserError(
+          f"{path}: changed since stage {stage} read it; restore it, or start a new run folder for the new input"
+        )
+
+  def name(self, path: Path) -> str:
+    """How the manifest calls a path: relative to the run folder where it lies inside."""
+    path, run = Path(path).absolute(), self.run.absolute()
+    return str(path.relative_to(run)) if path.is_relative_to(run) else str(path)
+
+
+def fingerprint(path: Path) -> str:
+  """SHA-256 of a file, or of the names and contents of all files below a folder.
+
+  Remembered while size and modification time stay: a model is read by many stages.
+  """
+  path = Path(path)
+  files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+  total = hashlib.sha256()
+  for file in files:
+    stat = file.stat()
+    total.update(f"{file.relative_to(path) if path.is_dir() else ''}\0".encode())
+    total.update(_file_digest(file, stat.st_size, stat.st_mtime_ns).encode())
+  return total.hexdigest()
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_digest(file: Path, size: int, modified: int) -> str:
+  with file.open("rb") as content:
+    return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def write_json(file: Path, content: Any) -> None:
+  """Writes JSON; the file appears whole or not at all."""
+  temporary = file.with_name(file.name + ".tmp")
+  temporary.write_text(json.dumps(content, indent=2, allow_nan=True) + "\n")
+  temporary.replace(file)

@@ -1,0 +1,21 @@
+"""Matrix products summed in float32."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def wide_einsum(equation: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+  """einsum of bfloat16 or float32 arrays with a float32 result.
+
+  XLA's CPU backend has no batched bfloat16 product with a float32 result, so there the inputs are widened first;
+  the platform is chosen when the program is lowered, not by the machine that traces it.
+  """
+
+  def direct(a, b):
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+  def widened(a, b):
+    return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32))
+
+  return jax.lax.platform_dependent(a, b, cpu=widened, default=direct)

@@ -1,0 +1,151 @@
+"""TS-Align (arXiv 2405.20215): the policy answers, the student picks, the teacher decides, both learn.
+
+A recipe is the list of its stages: what each reads and writes. Nothing happens here.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tsalign_jax.config import Config, Sampling
+from tsalign_jax.stages.align import align
+from tsalign_jax.stages.base import Stage
+from tsalign_jax.stages.distil import distil
+from tsalign_jax.stages.evaluate import evaluate
+from tsalign_jax.stages.judge import judge
+from tsalign_jax.stages.mine import mine
+from tsalign_jax.stages.pair import pair
+from tsalign_jax.stages.prepare import prepare
+from tsalign_jax.stages.sample import sample
+from tsalign_jax.stages.score import score
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """One stage of a run: its name, function, inputs (run-relative where inside) and outputs in its round's folder."""
+
+  name: str
+  stage: Stage
+  reads: Mapping[str, Path]
+  writes: Mapping[str, str]
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def folder(self) -> str:
+    """The round's folder in the run folder."""
+    return self.name.split("/")[0]
+
+
+def ts_align(config: Config) -> Iterator[Step]:
+  """Every stage of the run in order."""
+  run = config.run
+  start = run / "round_00"
+  train, heldout = start / "train_prompts.parquet", start / "heldout_prompts.parquet"
+  files = {name: Path(source) for name, source in _sources(config).items() if Path(source).is_file()}
+  yield Step(
+    "round_00/prepare", prepare, files, {"train": "train_prompts.parquet", "heldout": "heldout_prompts.parquet"}
+  )
+  yield from _warm_start(config, train)
+  yield _answer(config, "round_00", heldout, config.policy.path)
+  policy, student = config.policy.path, first_student(config)
+  for number in range(1, config.rounds + 1):
+    yield from _round(config, number, train, heldout, policy, student)
+    folder = run / round_name(number)
+    policy, student = folder / "policy", folder / "student"
+
+
+def round_name(number: int) -> str:
+  """The folder of a round: "round_01"."""
+  return f"round_{number:02d}"
+
+
+def first_student(config: Config) -> Path:
+  """S(0): what the warm start trains, or the student's folder."""
+  return config.run / "round_00" / "student" if config.student.warm_start else config.student.path
+
+
+def _warm_start(config: Config, prompts: Path) -> Iterator[Step]:
+  """S(0) from teacher-labelled random pairs of the initial policy's answers."""
+  warm = config.student.warm_start
+  if warm is None:
+    return
+  sampling = _with_responses(config.sampling, warm.responses)
+  chosen = {"reserved": 0, "start": 0, "count": warm.prompts}
+  yield _sample(config, "round_00", prompts, config.policy.path, {"sampling": sampling, **chosen})
+  yield from _label(config, "round_00", prompts, None, {"strategy": "random", "pairs": warm.pairs})
+  settings = config.distil.model_copy(update={"epochs": warm.epochs, "replay_share": 0.0})
+  yield _distil(config, "round_00", config.student.path, {}, settings)
+
+
+def _round(config: Config, number: int, train: Path, heldout: Path, policy: Path, student: Path) -> Iterator[Step]:
+  name, run, start = round_name(number), config.run, config.run / "round_00"
+  folder, warm = run / name, config.student.warm_start
+  per_round = config.prompts.per_round
+  chosen = {
+    "reserved": warm.prompts if warm else 0,
+    "start": (number - 1) * (per_round or 0),
+    "count": per_round,
+  }
+  yield _sample(config, name, train, policy, {"sampling": config.sampling, **chosen})
+  reads = {"prompts": train, "responses": folder / "responses.parquet", "student": student}
+  yield Step(f"{name}/score", score, reads, {"scores": "scores.parquet"})
+  options = {"strategy": config.mining.strategy, "pairs": 1}
+  yield from _label(config, name, train, folder / "scores.parquet", options)
+  reference = policy if config.align.reference == "previous" else config.policy.path
+  reads = {"pairs": folder / "pairs.parquet", "policy": policy, "reference": reference}
+  yield Step(f"{name}/align", align, reads, {"policy": "policy", "log": "align.jsonl"})
+  earlier = range(0 if warm else 1, number)
+  replay = {f"replay_{n:02d}": run / round_name(n) / "pairs.parquet" for n in earlier}
+  yield _distil(config, name, student, replay, config.distil)
+  yield _answer(config, name, heldout, folder / "policy")
+  reads = {
+    "prompts": heldout,
+    "base_answers": start / "answers.parquet",
+    "policy_answers": folder / "answers.parquet",
+    "student_initial": first_student(config),
+    "student_now": folder / "student",
+    "policy_initial": config.policy.path,
+  }
+  yield Step(f"{name}/evaluate", evaluate, reads, {"comparisons": "comparisons.parquet"})
+
+
+def _sample(config: Config, name: str, prompts: Path, policy: Path, options) -> Step:
+  reads = {"prompts": prompts, "policy": policy}
+  return Step(f"{name}/sample", sample, reads, {"responses": "responses.parquet"}, options)
+
+
+def _answer(config: Config, name: str, heldout: Path, policy: Path) -> Step:
+  """Answers to the held-out prompts: the same stage as `sample`, over all of them."""
+  sampling = _with_responses(config.sampling, config.evaluation.samples)
+  sampling = sampling.model_copy(update={"temperature": config.evaluation.temperature})
+  reads = {"prompts": heldout, "policy": policy}
+  return Step(f"{name}/answer", sample, reads, {"responses": "answers.parquet"}, {"sampling": sampling})
+
+
+def _with_responses(sampling: Sampling, responses: int) -> Sampling:
+  """Another number of responses a prompt, with as many branches in a batch as before."""
+  prompts = max(1, sampling.batch_prompts * sampling.responses // responses)
+  return sampling.model_copy(update={"responses": responses, "batch_prompts": prompts})
+
+
+def _label(config: Config, name: str, prompts: Path, scores: Path | None, options) -> Iterator[Step]:
+  """Candidates, verdicts and pairs of a round's responses."""
+  folder = config.run / name
+  responses, candidates = folder / "responses.parquet", folder / "candidates.parquet"
+  reads = {"responses": responses} | ({"scores": scores} if scores else {})
+  yield Step(f"{name}/mine", mine, reads, {"candidates": "candidates.parquet"}, options)
+  reads = {"prompts": prompts, "responses": responses}
+  yield Step(f"{name}/judge", judge, reads | {"candidates": candidates}, {"verdicts": "verdicts.parquet"})
+  yield Step(f"{name}/pair", pair, reads | {"verdicts": folder / "verdicts.parquet"}, {"pairs": "pairs.parquet"})
+
+
+def _distil(config: Config, name: str, student: Path, replay: Mapping[str, Path], settings) -> Step:
+  reads = {"pairs": config.run / name / "pairs.parquet", "student": student, **replay}
+  if settings.replay and Path(settings.replay).is_file():
+    reads["human"] = Path(settings.replay)
+  return Step(f"{name}/distil", distil, reads, {"student": "student", "log": "distil.jsonl"}, {"settings": settings})
+
+
+def _sources(config: Config) -> dict[str, str]:
+  return {"train": config.prompts.train, "heldout": config.prompts.heldout}

@@ -1,0 +1,210 @@
+"""Reward models: text in, one score a response out; decoders read trunk and branches, encoders padded rows."""
+
+import abc
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from tsalign_jax.config import Student
+from tsalign_jax.data.batching import make_branches, pad_right, round_up
+from tsalign_jax.data.chat import Chat, load_tokenizer
+from tsalign_jax.models.config import EncoderConfig
+from tsalign_jax.models.functional import Params
+from tsalign_jax.models.loading import ModelHandle
+from tsalign_jax.parallel.mesh import batch_ways, put_batch
+from tsalign_jax.types import Conversation, Scores
+
+WIDTH_MULTIPLE = 32  # row widths are rounded up to it, which bounds the number of compilations
+
+
+class Rows(NamedTuple):
+  """K encoder inputs for each of several prompts, right-padded."""
+
+  tokens: Int[Array, "batch k length"]
+  token_types: Int[Array, "batch k length"]
+  length: Int[Array, "batch k"]
+
+
+class Encoded(NamedTuple):
+  """One prompt with its responses as tokens; `cut` counts the responses whose input lost tokens to the limit."""
+
+  prompt: list[int]
+  responses: list[list[int]]
+  types: list[list[int]]
+  cut: int
+
+  @property
+  def width(self) -> int:
+    """Tokens of the longest prompt plus response."""
+    return len(self.prompt) + max(map(len, self.responses))
+
+
+class RewardEngine(abc.ABC):
+  """How one kind of reward model reads text, makes batches and scores them."""
+
+  def __init__(self, model: ModelHandle, mesh: Mesh, student: Student):
+    self.model, self.mesh = model, mesh
+    self.rows = round_up(student.batch_size, batch_ways(mesh))
+    self.limit = min(student.max_tokens, model.config.max_tokens)
+
+    @jax.jit
+    def program(params: Params, batch) -> Float[Array, "batch k"]:
+      return self.rewards(model.skeleton.bind(params), batch)
+
+    self.program = program
+
+  @abc.abstractmethod
+  def encode(self, prompt: Conversation, responses: Sequence[str]) -> Encoded:
+    """Tokens of a prompt with its responses, cut to the limit."""
+
+  @abc.abstractmethod
+  def collate(self, items: Sequence[Encoded], width: tuple[int, ...] | None = None) -> Any:
+    """A host batch of prompts with the same number of responses; `width` fixes its shape."""
+
+  @abc.abstractmethod
+  def widths(self, items: Sequence[Encoded]) -> tuple[int, ...]:
+    """The shape that holds all of these items."""
+
+  @abc.abstractmethod
+  def rewards(self, module, batch) -> Float[Array, "batch k"]:
+    """The score of every response in a batch; traceable and differentiable."""
+
+  def score(self, params: Params, items: Sequence[Encoded]) -> Iterator[tuple[int, list[float]]]:
+    """(index of the item, its scores), shortest items first, so that a batch holds little padding."""
+    units = sorted(self._units(items), key=lambda unit: unit[2].width)
+    parts: dict[int, dict[int, float]] = {}
+    for start in range(0, len(units), self.rows):
+      group = units[start : start + self.rows]
+      batch = self.collate([item for *_, item in group] + [group[0][2]] * (self.rows - len(group)))
+      scores = np.asarray(self.program(params, put_batch(batch, self.mesh)))
+      for (index, first, _), row in zip(group, scores, strict=False):
+        got = parts.setdefault(index, {})
+        got |= {first + offset: float(score) for offset, score in enumerate(row)}
+        if len(got) == len(items[index].responses):
+          yield index, [got[k] for k in range(len(got))]
+
+  def score_all(self, params: Params, items: Sequence[Encoded]) -> Scores:
+    """Scores of all items as an array, in their order."""
+    return np.asarray([scores for _, scores in sorted(self.score(params, items))])
+
+  def _units(self, items: Sequence[Encoded]) -> Iterator[tuple[int, int, Encoded]]:
+    """(item, its first response here, what is scored as one row): the whole item unless it can be divided."""
+    for index, item in enumerate(items):
+      yield index, 0, item
+
+
+class DecoderEngine(RewardEngine):
+  """Trunk once, branches once; the conversation in the model's own chat template."""
+
+  def __init__(self, model: ModelHandle, mesh: Mesh, student: Student):
+    super().__init__(model, mesh, student)
+    self.chat = Chat.load(model.folder)
+
+  def encode(self, prompt: Conversation, responses: Sequence[str]) -> Encoded:
+    """The templated conversation; over the limit, the prompt loses its start and then a response its end."""
+    trunk, branches = self.chat.prompt_tokens(prompt), []
+    for response in responses:
+      branches.append(self.chat.conversation_tokens(prompt, response)[1])
+    longest = max(map(len, branches))
+    kept = trunk[-max(1, self.limit - longest) :]
+    shortened = [branch[: self.limit - len(kept)] for branch in branches]
+    cut = len(branches) if len(kept) < len(trunk) else sum(a != b for a, b in zip(shortened, branches, strict=True))
+    return Encoded(kept, shortened, [], cut)
+
+  def widths(self, items: Sequence[Encoded]) -> tuple[int, ...]:
+    """(prompt, response) widths."""
+    prompt = max(len(item.prompt) for item in items)
+    response = max(len(branch) for item in items for branch in item.responses)
+    return round_up(prompt, WIDTH_MULTIPLE), round_up(response, WIDTH_MULTIPLE)
+
+  def collate(self, items: Sequence[Encoded], width: tuple[int, ...] | None = None):
+    """A `Branches` batch."""
+    prompt, response = width or self.widths(items)
+    return make_branches([item.prompt for item in items], [item.responses for item in items], prompt, response)
+
+  def rewards(self, module, batch) -> Float[Array, "batch k"]:
+    """The reward at each branch's last real token."""
+    return module(batch, dtype=self.model.dtype, remat=self.model.remat)
+
+
+class EncoderEngine(RewardEngine):
+  """Each prompt plus response is a row of its own, as a pair of texts."""
+
+  def __init__(self, model: ModelHandle, mesh: Mesh, student: Student):
+    super().__init__(model, mesh, student)
+    self.tokenizer = load_tokenizer(model.folder)
+    self.tokenizer.truncation_side = "left"
+    self.specials = self.tokenizer.num_special_tokens_to_add(pair=True)
+
+  def encode(self, prompt: Conversation, responses: Sequence[str]) -> Encoded:
+    """[CLS] prompt [SEP] response [SEP], or as the family writes it; over the limit, the prompt loses its start."""
+    text, rows, types, cut = conversation_text(prompt), [], [], 0
+    for response in responses:
+      response, shortened = self._fit(response)
+      whole = self.tokenizer(text, response)
+      row = self.tokenizer(text, response, truncation="only_first", max_length=self.limit)
+      rows.append(row["input_ids"])
+      types.append(row.get("token_type_ids") or [0] * len(row["input_ids"]))
+      cut += shortened or len(row["input_ids"]) < len(whole["input_ids"])
+    return Encoded([], rows, types, cut)
+
+  def _fit(self, response: str) -> tuple[str, bool]:
+    """The response, cut at the end if it leaves no token for the prompt."""
+    room = self.limit - self.specials - 1
+    spans = self.tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return (response, False) if len(spans) <= room else (response[: spans[room - 1][1]], True)
+
+  def widths(self, items: Sequence[Encoded]) -> tuple[int, ...]:
+    """(row width,)."""
+    return (min(round_up(max(item.width for item in items), WIDTH_MULTIPLE), self.limit),)
+
+  def collate(self, items: Sequence[Encoded], width: tuple[int, ...] | None = None):
+    """A `Rows` batch."""
+    (length,) = width or self.widths(items)
+    shape = (len(items), len(items[0].responses))
+    rows = [row for item in items for row in item.responses]
+    types = [row for item in items for row in item.types]
+    lengths = np.asarray([len(row) for row in rows], np.int32)
+    return Rows(
+      pad_right(rows, length).reshape(*shape, length),
+      pad_right(types, length).reshape(*shape, length),
+      lengths.reshape(shape),
+    )
+
+  def rewards(self, module, batch: Rows) -> Float[Array, "batch k"]:
+    """The reward of each row."""
+    width = batch.tokens.shape[-1]
+    mask = np.arange(width) < batch.length.reshape(-1, 1)
+    flat = module(
+      batch.tokens.reshape(-1, width),
+      mask,
+      batch.token_types.reshape(-1, width) if self.model.config.type_vocab > 1 else None,
+      dtype=self.model.dtype,
+      remat=self.model.remat,
+    )
+    return flat.reshape(batch.length.shape)
+
+  def _units(self, items: Sequence[Encoded]) -> Iterator[tuple[int, int, Encoded]]:
+    for index, item in enumerate(items):
+      for k, row in enumerate(item.responses):
+        yield index, k, Encoded([], [row], [item.types[k]], 0)
+
+
+@functools.lru_cache(maxsize=8)
+def build_reward_engine(model: ModelHandle, mesh: Mesh, student: Student) -> RewardEngine:
+  """The engine of a reward model; equal arguments share compiled programs."""
+  kind = EncoderEngine if isinstance(model.config, EncoderConfig) else DecoderEngine
+  return kind(model, mesh, student)
+
+
+def conversation_text(messages: Conversation) -> str:
+  """A conversation as plain text: one user turn as it is, several as "role: content" lines."""
+  if len(messages) == 1:
+    return messages[0]["content"]
+  return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+

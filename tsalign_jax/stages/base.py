@@ -1,0 +1,73 @@
+"""What a stage is: a function from files to files, called with a `Job` that holds everything it may use."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from tsalign_jax.config import Config
+from tsalign_jax.models.loading import ModelHandle, language_model, reward_model
+from tsalign_jax.training.checkpoints import load_tree
+
+
+class Progress(Protocol):
+  """Shows how far a stage is: `with progress(total, unit) as advance: advance(n, note)`."""
+
+  def __call__(self, total: int, unit: str) -> Any:
+    """A context manager around a function (amount done, short note)."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One run of one stage. It reads `reads`, writes `writes`, and may keep what it needs to resume in `partial`."""
+
+  name: str  # "round_01/sample"
+  reads: Mapping[str, Path]
+  writes: Mapping[str, Path]
+  partial: Path
+  options: Mapping[str, Any]
+  config: Config
+  mesh: Mesh
+  progress: Progress
+
+  @property
+  def seed(self) -> int:
+    """A seed of this stage's own, from the configuration's seed and the stage's name."""
+    return zlib.crc32(f"{self.config.seed}/{self.name}".encode()) & 0x7FFFFFFF
+
+  @property
+  def key(self) -> jax.Array:
+    """The random key of this stage; items fold in their own index."""
+    return jax.random.key(self.seed)
+
+  def policy(self) -> ModelHandle:
+    """The policy's handle."""
+    return language_model(self.config.policy)
+
+  def student(self) -> ModelHandle:
+    """The student's handle."""
+    return reward_model(self.config.student)
+
+  def load(self, model: ModelHandle, source: Path) -> dict[str, jax.Array]:
+    """A model's parameters from its Hugging Face folder or from a checkpoint of this run."""
+    if Path(source) == model.folder:
+      return model.load(self.mesh, fresh_key=jax.random.key(self.config.seed))
+    return load_tree(source, model.skeleton.abstract(self.mesh, model.param_dtype))
+
+
+Counts = dict[str, Any]  # what a stage reports: numbers for the manifest and the metrics
+Stage = Callable[[Job], Counts]
+
+
+def shards(job: Job, groups: int) -> Iterable[tuple[int, Path]]:
+  """(index, file) of every part of this stage's output that does not exist yet."""
+  job.partial.mkdir(parents=True, exist_ok=True)
+  for index in range(groups):
+    file = job.partial / f"{index:05d}.parquet"
+    if not file.exists():
+      yield index, file

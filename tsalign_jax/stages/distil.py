@@ -1,0 +1,76 @@
+"""distil: the student learns from the teacher's verdicts, mixed with pairs that it has seen before."""
+
+import shutil
+
+import numpy as np
+
+from tsalign_jax.config import Distil
+from tsalign_jax.data.batching import round_up
+from tsalign_jax.data.files import read_preferences
+from tsalign_jax.data.tables import read_table
+from tsalign_jax.parallel.mesh import batch_ways, put_batch
+from tsalign_jax.scoring.reward import build_reward_engine
+from tsalign_jax.stages.base import Counts, Job
+from tsalign_jax.training.checkpoints import save_tree
+from tsalign_jax.training.distil import DistilBatch, build_loss
+from tsalign_jax.training.optimizer import build_trainer
+from tsalign_jax.training.run import train, training_steps
+from tsalign_jax.types import PreferencePair
+
+
+def distil(job: Job) -> Counts:
+  """Writes the next student and the log of its training.
+
+  Options: `settings`, the optimizer and loss. Reads `pairs`, the new ones, and any number of `replay_*` tables.
+  """
+  settings: Distil = job.options["settings"]
+  model = job.student()
+  engine = build_reward_engine(model, job.mesh, job.config.student)
+  new = read_pairs(job.reads["pairs"])
+  pairs = [*new, *_replayed(job, len(new), settings)]
+  items = [engine.encode(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
+  width, steps = engine.widths(items), training_steps(len(items), settings)
+  microbatch = round_up(min(settings.microbatch, settings.batch_size), batch_ways(job.mesh))
+
+  def make_microbatch(indices, weights) -> DistilBatch:
+    return put_batch(DistilBatch(engine.collate([items[index] for index in indices], width), weights), job.mesh)
+
+  with job.progress(steps, "steps") as advance:
+    trained = train(
+      build_trainer(build_loss(engine, settings), settings, steps),
+      settings,
+      job.load(model, job.reads["student"]),
+      {},
+      make_microbatch,
+      pairs=len(items),
+      seed=job.seed,
+      folder=job.partial,
+      microbatch=microbatch,
+      on_step=lambda _, metrics: advance(1, f"loss {metrics['loss']:.3f} accuracy {metrics['accuracy']:.2f}"),
+    )
+  save_tree(job.writes["student"], trained)
+  shutil.copyfile(job.partial / "log.jsonl", job.writes["log"])
+  return {"new_pairs": len(new), "replayed_pairs": len(pairs) - len(new), "steps": steps}
+
+
+def read_pairs(file) -> list[PreferencePair]:
+  """The preference pairs of a `pairs` table, as text."""
+  return [
+    PreferencePair(row["prompt"], row["chosen"][0]["content"], row["rejected"][0]["content"])
+    for row in read_table(file, used_only=True)
+  ]
+
+
+def _replayed(job: Job, new: int, settings: Distil) -> list[PreferencePair]:
+  """As many earlier and human pairs as make up the replay share; each is used once before any is used twice."""
+  pool = [pair for name, file in sorted(job.reads.items()) if name.startswith("replay_") for pair in read_pairs(file)]
+  if settings.replay:
+    pool += read_preferences(settings.replay)
+  if not pool:
+    return []
+  wanted = round(new * settings.replay_share / (1 - settings.replay_share))
+  random = np.random.default_rng(job.seed)
+  order = np.concatenate([random.permutation(len(pool)) for _ in range(-(-wanted // len(pool)))] or [np.zeros(0, int)])
+  return [pool[index] for index in order[:wanted]]
+
+

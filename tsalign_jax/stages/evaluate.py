@@ -1,0 +1,130 @@
+"""evaluate: is the policy better than the one the run started from, and does the student see what the teacher sees?"""
+
+import json
+from collections import Counter
+
+import jax
+import numpy as np
+
+from tsalign_jax.data.batching import make_branches, round_up
+from tsalign_jax.data.tables import COMPARISONS, Rows, by_prompt, read_table, write_table
+from tsalign_jax.pairing.mine import best_worst, random_pairs
+from tsalign_jax.pairing.statistics import accuracy, bootstrap_interval, win_rate
+from tsalign_jax.parallel.mesh import batch_ways, put_batch
+from tsalign_jax.scoring.reward import build_reward_engine
+from tsalign_jax.stages.base import Counts, Job
+from tsalign_jax.stages.prepare import to_prompt
+from tsalign_jax.teachers.build import build_teacher
+from tsalign_jax.training.align import build_reference
+from tsalign_jax.types import CandidatePair, Judgement, Prompt, Verdict
+
+RANDOM_PAIRS = 4  # a held-out prompt, for the student's accuracy
+
+
+def evaluate(job: Job) -> Counts:
+  """Writes `comparisons` (every base and policy answer side by side) and returns the metrics of the round."""
+  prompts = {row["prompt_id"]: row for row in read_table(job.reads["prompts"], used_only=True)}
+  base, policy = (by_prompt(read_table(job.reads[name])) for name in ("base_answers", "policy_answers"))
+  with job.progress(4, "parts") as advance:
+    metrics = _win_rate(job, prompts, base, policy)
+    advance(1, f"win rate {metrics['win_rate']:.1%}")
+    metrics |= _student_accuracy(job, prompts, {i: [*base[i], *policy[i]] for i in prompts})
+    advance(2, "")
+    metrics["kl_from_initial"] = _kl(job, prompts, policy)
+    advance(1, "")
+  return metrics
+
+
+def _win_rate(job: Job, prompts: dict[int, dict], base, policy) -> dict:
+  """The teacher compares the j-th answer of both to each prompt; intervals resample prompts."""
+  teacher = build_teacher(job.config.teacher)
+  rows = [(i, ours, theirs) for i in prompts for ours, theirs in zip(policy[i], base[i], strict=True)]
+  pairs = [CandidatePair(to_prompt(prompts[i]), ours["text"], theirs["text"]) for i, ours, theirs in rows]
+  judged = teacher.judge(pairs)
+  table = [_comparison(prompts, *row, judgement) for row, judgement in zip(rows, judged, strict=True)]
+  write_table(job.writes["comparisons"], table, COMPARISONS)
+  verdicts: dict[int, list[Verdict]] = {}
+  for (i, *_), judgement in zip(rows, judged, strict=True):
+    verdicts.setdefault(i, []).append(judgement.verdict)
+  per_prompt = list(verdicts.values())
+  count = Counter(verdict for row in per_prompt for verdict in row)
+  settings = job.config.evaluation
+  return {
+    "heldout_prompts": len(prompts),
+    "win_rate": win_rate(per_prompt),
+    "win_rate_ci": bootstrap_interval(per_prompt, resamples=settings.resamples, seed=job.config.seed),
+    "wins": count[Verdict.FIRST],
+    "ties": count[Verdict.TIE],
+    "losses": count[Verdict.SECOND],
+    "undecided": count[Verdict.ERROR] + count[Verdict.INCONSISTENT],
+    "mean_length_base": float(np.mean([len(row["tokens"]) for rows in base.values() for row in rows])),
+    "mean_length_policy": float(np.mean([len(row["tokens"]) for rows in policy.values() for row in rows])),
+  }
+
+
+def _comparison(prompts, prompt_id: int, ours: dict, theirs: dict, judgement: Judgement) -> dict:
+  return {
+    "prompt_id": prompt_id,
+    "response_id": ours["response_id"],
+    "prompt": prompts[prompt_id]["prompt"],
+    "base": theirs["text"],
+    "policy": ours["text"],
+    "verdict": judgement.verdict,
+    "evidence": json.dumps(judgement.evidence),
+  }
+
+
+def _student_accuracy(job: Job, prompts: dict[int, dict], answers: dict[int, Rows]) -> dict:
+  """How often S(0) and the student of now order held-out answers as the teacher does.
+
+  Random pairs are the same for both; mined pairs are each student's own best and worst of the same answers.
+  """
+  engine = build_reward_engine(job.student(), job.mesh, job.config.student)
+  texts = {i: list(dict.fromkeys(row["text"] for row in rows)) for i, rows in answers.items()}
+  texts = {i: choices for i, choices in texts.items() if len(choices) > 1}
+  items = [engine.encode(prompts[i]["prompt"], choices) for i, choices in texts.items()]
+  random = [random_pairs(range(len(texts[i])), RANDOM_PAIRS, (job.config.seed, i)) for i in texts]
+  out: dict[str, dict[str, float]] = {"student_accuracy_mined": {}, "student_accuracy_random": {}}
+  teacher = build_teacher(job.config.teacher)
+  for name in ("initial", "now"):
+    params = job.load(engine.model, job.reads[f"student_{name}"])
+    scores = dict(engine.score(params, items))
+    mined = [best_worst(range(len(scores[n])), scores[n], min_margin=0.0) for n in range(len(items))]
+    mined = [[] if isinstance(found, str) else [(found.first, found.second)] for found in mined]
+    for kind, pairs in (("mined", mined), ("random", random)):
+      out[f"student_accuracy_{kind}"][name] = _agreement(teacher, prompts, texts, scores, pairs)
+  return out
+
+
+def _agreement(teacher, prompts, texts, scores, pairs: list[list[tuple[int, int]]]) -> float:
+  margins, candidates = [], []
+  for n, (i, choices) in enumerate(texts.items()):
+    prompt: Prompt = to_prompt(prompts[i])
+    for first, second in pairs[n]:
+      margins.append(scores[n][first] - scores[n][second])
+      candidates.append(CandidatePair(prompt, choices[first], choices[second]))
+  return accuracy(margins, [judgement.verdict for judgement in teacher.judge(candidates)])
+
+
+def _kl(job: Job, prompts: dict[int, dict], policy: dict[int, Rows]) -> float:
+  """KL(policy || initial) in nats a response: the mean of log(policy/initial) over the policy's own answers.
+
+  Unbiased where answers are sampled at temperature 1; at another one it is only an indication.
+  """
+  model = job.policy()
+  program, params = build_reference(model, job.mesh), job.load(model, job.reads["policy_initial"])
+  samples = job.config.evaluation.samples
+  rows = round_up(max(1, job.config.align.microbatch * 2 // samples), batch_ways(job.mesh))
+  order = sorted(prompts, key=lambda i: len(prompts[i]["tokens"]))
+  widest = round_up(max(len(row["tokens"]) for rows in policy.values() for row in rows), 32)
+  differences = []
+  for start in range(0, len(order), rows):
+    ids = order[start : start + rows]
+    padded = ids + [ids[0]] * (rows - len(ids))
+    branches = [[row["tokens"] for row in policy[i]] for i in padded]
+    trunks = [prompts[i]["tokens"] for i in padded]
+    batch = make_branches(trunks, branches, round_up(max(map(len, trunks)), 32), widest)
+    initial = np.asarray(jax.device_get(program(params, put_batch(batch, job.mesh))))
+    sampled = np.asarray([[row["logprob"] for row in policy[i]] for i in ids])
+    differences.append(sampled - initial[: len(ids)])
+  return float(np.mean(np.concatenate(differences)))

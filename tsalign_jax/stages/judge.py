@@ -1,0 +1,46 @@
+"""judge: the teacher's verdict on each candidate pair."""
+
+import json
+from collections import Counter
+
+from tsalign_jax.data.tables import VERDICTS, Rows, read_table, write_table
+from tsalign_jax.stages.base import Counts, Job, shards
+from tsalign_jax.stages.prepare import to_prompt
+from tsalign_jax.teachers.build import build_teacher
+from tsalign_jax.types import CandidatePair
+
+BATCH = 64  # pairs; each batch of verdicts is on disk before the next is asked for
+
+
+def judge(job: Job) -> Counts:
+  """Writes `verdicts` for the candidates that were not dropped."""
+  prompts = {row["prompt_id"]: to_prompt(row) for row in read_table(job.reads["prompts"])}
+  texts = {(row["prompt_id"], row["response_id"]): row["text"] for row in read_table(job.reads["responses"])}
+  candidates = read_table(job.reads["candidates"], used_only=True)
+  groups = [candidates[start : start + BATCH] for start in range(0, len(candidates), BATCH)]
+  teacher = build_teacher(job.config.teacher)
+  with job.progress(len(candidates), "pairs") as advance:
+    for index, file in shards(job, len(groups)):
+      pairs = [
+        CandidatePair(prompts[row["prompt_id"]], *(texts[row["prompt_id"], row[side]] for side in ("first", "second")))
+        for row in groups[index]
+      ]
+      write_table(file, _rows(groups[index], teacher.judge(pairs)), VERDICTS)
+      advance(len(pairs), "")
+  table = [row for index in range(len(groups)) for row in read_table(job.partial / f"{index:05d}.parquet")]
+  write_table(job.writes["verdicts"], table, VERDICTS)
+  return {"teacher": teacher.identity, "verdicts": dict(sorted(Counter(row["verdict"] for row in table).items()))}
+
+
+def _rows(candidates: Rows, judgements) -> Rows:
+  return [
+    {
+      "prompt_id": row["prompt_id"],
+      "first": row["first"],
+      "second": row["second"],
+      "verdict": judgement.verdict,
+      "probability": judgement.probability,
+      "evidence": json.dumps(judgement.evidence),
+    }
+    for row, judgement in zip(candidates, judgements, strict=True)
+  ]

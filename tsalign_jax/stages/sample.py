@@ -1,0 +1,60 @@
+"""sample: K responses of a policy to each prompt, on policy; also the answers that evaluation compares."""
+
+import numpy as np
+
+from tsalign_jax.config import Sampling
+from tsalign_jax.data.chat import Chat
+from tsalign_jax.data.tables import RESPONSES, Rows, read_table, write_table
+from tsalign_jax.sampling.engine import Sampled, build_sampler
+from tsalign_jax.stages.base import Counts, Job, shards
+from tsalign_jax.types import Rollout
+
+
+def sample(job: Job) -> Counts:
+  """Writes `responses`. Each group of prompts is a shard, so a restart samples only what is missing.
+
+  Options: `sampling`, and `start` and `count` for a slice of the prompts in the run's shuffled order (all of them
+  in file order without).
+  """
+  sampling: Sampling = job.options["sampling"]
+  prompts = select(job)
+  chat, model = Chat.load(job.config.policy.path), job.policy()
+  sampler = build_sampler(model, job.mesh, sampling, chat.stop_tokens)
+  # Groups of like length, longest first: the widest program is the first to compile and the last to surprise.
+  ordered = sorted(prompts, key=lambda row: (-len(row["tokens"]), row["prompt_id"]))
+  groups = [ordered[start : start + sampler.rows] for start in range(0, len(ordered), sampler.rows)]
+  missing = list(shards(job, len(groups)))
+  params = job.load(model, job.reads["policy"]) if missing else {}
+  todo = [[(row["prompt_id"], row["tokens"]) for row in groups[index]] for index, _ in missing]
+  with job.progress(len(prompts) * sampling.responses, "responses") as advance:
+    advance(sum(map(len, groups)) * sampling.responses - sum(map(len, todo)) * sampling.responses, "")
+    for (index, file), answers in zip(missing, sampler.run(params, todo, job.key), strict=True):
+      write_table(file, _rows(groups[index], answers, chat), RESPONSES)
+      advance(len(answers) * sampling.responses, "")
+  rows = [row for index in range(len(groups)) for row in read_table(job.partial / f"{index:05d}.parquet")]
+  rows.sort(key=lambda row: (row["prompt_id"], row["response_id"]))
+  write_table(job.writes["responses"], rows, RESPONSES)
+  tokens = sum(len(row["tokens"]) for row in rows)
+  return {"prompts": len(prompts), "responses": len(rows), "tokens": tokens}
+
+
+def select(job: Job) -> Rows:
+  """The prompts of this stage: a slice of the shuffled order, which starts over where it ends."""
+  rows = read_table(job.reads["prompts"], used_only=True)
+  if "start" not in job.options:
+    return rows
+  order = np.random.default_rng(job.config.seed).permutation(len(rows))
+  first, start, count = job.options["reserved"], job.options["start"], job.options["count"]
+  pool = order[first:]
+  if count is None:
+    count = len(pool)
+  return [rows[pool[(start + offset) % len(pool)]] for offset in range(min(count, len(pool)))]
+
+
+def _rows(prompts: Rows, answers: list[list[Sampled]], chat: Chat) -> Rows:
+  rollouts = [
+    Rollout(prompt["prompt_id"], k, sampled.tokens, chat.text(sampled.tokens), sampled.logprob, sampled.finish)
+    for prompt, branches in zip(prompts, answers, strict=True)
+    for k, sampled in enumerate(branches)
+  ]
+  return [rollout._asdict() for rollout in rollouts]
