@@ -45,6 +45,8 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh)
     names = (target,) if isinstance(target, str) else target or ()
     ways = int(np.prod([mesh.shape[name] for name in names]))
     spec.append(target if names and ways > 1 and size % ways == 0 else None)
+  while spec and spec[-1] is None:
+    spec.pop()  # as programs return it: an equal spec spelled otherwise would compile them twice
   return PartitionSpec(*spec)
 
 
