@@ -1,9 +1,12 @@
 """Tiny random Hugging Face checkpoints, one for each family: what differential tests compare against."""
 
+import json
 import pathlib
 
+import tokenizers
 import torch
 import transformers as hf
+import yaml
 
 SIZES = {
   "vocab_size": 97,
@@ -87,3 +90,80 @@ def _save(model, folder: pathlib.Path, seed: int):
       parameter.copy_(center + 0.15 * torch.randn(parameter.shape, generator=generator))
   model.eval().save_pretrained(folder)
   return model
+
+
+WORDS = ["the", "a", "an", "of", "to", "and", "in", "is", "it", "on", "for", "with", "as", "at", "by", "from", "or", "but", "not", "be", "are", "was", "cat", "dog", "sun", "sea", "tree", "bird", "fish", "rain", "snow", "wind", "fire", "stone", "road", "house", "door", "book", "song", "light", "dark", "red", "blue", "green", "warm", "cold", "big", "small", "old", "new", "one", "two", "three", "say", "tell", "write", "list", "name", "give", "make", "take", "see", "go", "come", "run", "eat", "drink", "sleep", "?", ".", ",", "!", "-", "1", "2", "3", "4"]
+TEMPLATE = (
+  "{{ bos_token }}{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] + ' <end> ' }}"
+  "{% endfor %}{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+
+
+def tokenizer(folder: pathlib.Path, *, template: str | None = TEMPLATE) -> None:
+  """Saves a tokenizer of whole words, with a chat template, that fits the tiny decoders' vocabulary."""
+  special = ["<pad>", "<s>", "<end>", "<unk>", "<user>", "<assistant>", "<system>"]
+  vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
+  assert len(vocabulary) <= SIZES["vocab_size"]
+  core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+  core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  core.normalizer = tokenizers.normalizers.Replace("<s>", "<s> ")
+  wrapped = hf.PreTrainedTokenizerFast(
+    tokenizer_object=core, bos_token="<s>", eos_token="<end>", pad_token="<pad>", unk_token="<unk>"
+  )
+  wrapped.add_special_tokens({"additional_special_tokens": special[4:]})
+  wrapped.chat_template = template
+  wrapped.save_pretrained(folder)
+
+
+def bert_tokenizer(folder: pathlib.Path) -> None:
+  """Saves a BERT tokenizer over the same words."""
+  vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+  hf.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
+
+
+def prompts(file: pathlib.Path, count: int, offset: int = 0) -> None:
+  """Writes prompts with checks that random words satisfy now and then."""
+  rows = []
+  for index in range(offset, offset + count):
+    first, second = WORDS[index % 40], WORDS[(7 * index + 3) % 60]
+    rows.append(
+      {
+        "prompt": f"write of {first} with {second} in {1 + index % 4}",
+        "checks": [
+          {"name": "max_words", "limit": 4 + index % 5},
+          {"name": "include_words", "words": [second]},
+          {"name": "exclude_words", "words": [first]},
+        ],
+      }
+    )
+  file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run_config(folder: pathlib.Path, **changes) -> pathlib.Path:
+  """A whole tiny run: models, prompts and a configuration file, whose path is returned."""
+  policy, student = folder / "policy", folder / "student"
+  decoder("llama", policy)
+  tokenizer(policy)
+  encoder("bert", student, reward=True)
+  bert_tokenizer(student)
+  prompts(folder / "train.jsonl", 24)
+  prompts(folder / "heldout.jsonl", 8, offset=100)
+  config = {
+    "run": str(folder / "run"),
+    "rounds": 2,
+    "policy": {"path": str(policy), "dtype": "float32"},
+    "student": {"path": str(student), "dtype": "float32", "warm_start": {"prompts": 8, "pairs": 2}},
+    "prompts": {
+      "train": str(folder / "train.jsonl"),
+      "heldout": str(folder / "heldout.jsonl"),
+      "per_round": 8,
+    },
+    "sampling": {"responses": 4, "max_new_tokens": 12, "batch_prompts": 4},
+    "align": {"learning_rate": 1e-3, "batch_size": 4, "microbatch": 2, "epochs": 4, "checkpoint_every": 2},
+    "distil": {"learning_rate": 1e-3, "batch_size": 4, "microbatch": 4, "epochs": 2, "checkpoint_every": 2},
+    "evaluation": {"resamples": 200},
+    "mesh": {"fsdp": 1},
+  }
+  file = folder / "config.yaml"
+  file.write_text(yaml.safe_dump(config | changes))
+  return file

@@ -173,7 +173,7 @@ def save_params(params: Params, skeleton: Skeleton, config: ModelConfig, source:
     if (Path(source) / file).is_file():
       shutil.copyfile(Path(source) / file, target / file)
   _write_config(target / "config.json", config, dtype)
-  tensors = dict(_hf_tensors(params, skeleton, config, dtype))
+  tensors = dict(hf_tensors(params, skeleton, config, dtype))
   plan = split_state_dict_into_shards_factory(
     tensors,
     get_storage_size=lambda tensor: tensor.nbytes,
@@ -210,7 +210,7 @@ class _Tensor(NamedTuple):
     return np.ascontiguousarray(array.astype(self.dtype))
 
 
-def _hf_tensors(params: Params, skeleton: Skeleton, config: ModelConfig, dtype) -> Iterator[tuple[str, _Tensor]]:
+def hf_tensors(params: Params, skeleton: Skeleton, config: ModelConfig, dtype) -> Iterator[tuple[str, _Tensor]]:
   for path, spec in skeleton.specs.items():
     for index, layer in enumerate(layer_paths(path, spec)):
       name = hf_name(layer, config)

@@ -35,7 +35,7 @@ class Linear(nnx.Module):
     self.kernel = nnx.Param(value, axes=(*inputs, *outputs), inputs=len(inputs))
     self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs)) if bias else None
     self.inputs = len(inputs)
-    self.lora_a = self.lora_b = None
+    self.lora_a = self.lora_b = nnx.data(None)  # set by `models.lora`
     self.lora_scale = 0.0
 
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:

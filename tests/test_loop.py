@@ -1,0 +1,175 @@
+"""Whole runs on tiny models: the files they leave, resuming, refusing, and eight devices against one."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import yaml
+from rich.console import Console
+
+from tsalign_jax.config import load_config
+from tsalign_jax.loop import run
+from tsalign_jax.progress import terminal_progress
+from tsalign_jax.types import UserError
+
+QUIET = terminal_progress(Console(quiet=True))
+COMMAND = [sys.executable, "-m", "tsalign_jax.cli", "run"]
+
+
+def metrics_of(folder) -> dict:
+  """Metrics without the times, which are the only part that may differ between two runs."""
+  metrics = json.loads((folder / "metrics.json").read_text())
+  assert metrics.pop("seconds").keys() == {
+    "sample", "score", "mine", "judge", "pair", "align", "distil", "answer", "evaluate"
+  }  # fmt: skip
+  return metrics
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+  """A tiny configuration, and the metrics of an undisturbed run of it in a process of its own."""
+  folder = tmp_path_factory.mktemp("setting")
+  config = tiny.run_config(folder)
+  subprocess.run([*COMMAND, config], check=True, env=_one_device(), stdout=subprocess.DEVNULL)
+  return folder, config
+
+
+def _one_device() -> dict[str, str]:
+  return os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+
+
+def test_a_run_leaves_every_table_and_metric(setting):
+  folder, _ = setting
+  metrics = metrics_of(folder / "run")
+  assert metrics["round"] == 2
+  assert metrics == metrics_of(folder / "run" / "round_02")
+  assert metrics["wins"] + metrics["ties"] + metrics["losses"] == 16 and metrics["undecided"] == 0
+  assert 0 <= metrics["win_rate_ci"][0] <= metrics["win_rate"] <= metrics["win_rate_ci"][1] <= 1
+  assert metrics["kl_from_initial"] > 0.01  # trained at a high rate: the policy has moved
+  for key in ("student_accuracy_mined", "student_accuracy_random"):
+    assert set(metrics[key]) == {"initial", "now"} and all(0 <= value <= 1 for value in metrics[key].values())
+  pairs = pq.read_table(folder / "run" / "round_01" / "pairs.parquet").to_pylist()
+  kept = [row for row in pairs if row["dropped"] is None]
+  assert len(kept) == json.loads((folder / "run" / "round_01" / "metrics.json").read_text())["pairs"]
+  assert (folder / "run" / "report.html").stat().st_size > 5000
+  assert not list((folder / "run").glob("*/*.partial")) and not list((folder / "run").glob("*/*.out"))
+
+
+def test_everything_dropped_is_counted(setting):
+  folder, _ = setting
+  run_folder = folder / "run"
+  metrics = metrics_of(run_folder)
+  candidates = pq.read_table(run_folder / "round_02" / "candidates.parquet").to_pylist()
+  assert len(candidates) == 8
+  assert metrics["pairs"] + sum(metrics["dropped"].values()) == 8
+
+
+def test_policy_is_its_own_reference_at_the_first_step(setting):
+  folder, _ = setting
+  for number in (1, 2):
+    first = json.loads((folder / "run" / f"round_{number:02d}" / "align.jsonl").read_text().splitlines()[0])
+    assert first["logps/drift"] == 0.0 and first["rewards/margins"] == 0.0
+    assert first["loss"] == pytest.approx(math.log(2))
+
+
+def test_running_again_does_nothing_again(setting):
+  folder, config = setting
+  before = {file: file.stat().st_mtime_ns for file in (folder / "run").glob("round_*/*.parquet")}
+  subprocess.run([*COMMAND, config], check=True, env=_one_device(), stdout=subprocess.DEVNULL)
+  assert before == {file: file.stat().st_mtime_ns for file in (folder / "run").glob("round_*/*.parquet")}
+
+
+KILL_POINTS = {
+  "inside sample": "round_01/sample.partial/00000.parquet",
+  "between score and mine": "round_01/scores.parquet",
+  "inside align, before a step": "round_01/align.partial/reference_logps.npy",
+  "inside align, after a checkpoint": "round_01/align.partial/steps/2",
+  "inside distil": "round_01/distil.partial/steps/2",
+  "between distil and answer": "round_01/student",
+  "inside the second round": "round_02/sample.partial/00000.parquet",
+}
+
+
+@pytest.mark.parametrize("point", KILL_POINTS)
+def test_killed_and_continued_run_equals_an_undisturbed_one(point, setting, tmp_path):
+  folder, config = setting
+  override = f"run={tmp_path / 'run'}"
+  process = subprocess.Popen([*COMMAND, config, override], env=_one_device(), stdout=subprocess.DEVNULL)
+  while not (tmp_path / "run" / KILL_POINTS[point]).exists():
+    assert process.poll() is None, "the run ended before the file came that it was to be killed at"
+    time.sleep(0.002)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  assert not (tmp_path / "run" / "metrics.json").exists() or "second round" in point
+  subprocess.run([*COMMAND, config, override], check=True, env=_one_device(), stdout=subprocess.DEVNULL)
+  assert metrics_of(tmp_path / "run") == metrics_of(folder / "run")
+
+
+def test_killed_over_and_over_it_still_ends_the_same(setting, tmp_path):
+  folder, config = setting
+  override = f"run={tmp_path / 'run'}"
+  for seconds in range(6, 60, 2):
+    try:
+      subprocess.run([*COMMAND, config, override], timeout=seconds, env=_one_device(), stdout=subprocess.DEVNULL)
+      break
+    except subprocess.TimeoutExpired:  # subprocess.run has killed it
+      continue
+  assert metrics_of(tmp_path / "run") == metrics_of(folder / "run")
+
+
+def test_eight_devices_give_the_single_device_result(setting, tmp_path):
+  folder, config = setting
+  settings = load_config(config, [f"run={tmp_path / 'run'}", "mesh.fsdp=4", "mesh.tensor=2", "rounds=1"])
+  assert len(jax.devices()) == 8
+  run(settings, QUIET)
+  ours, theirs = metrics_of(tmp_path / "run"), metrics_of(folder / "run" / "round_01")
+  responses = [pq.read_table(f / "round_01" / "responses.parquet") for f in (tmp_path / "run", folder / "run")]
+  assert responses[0].column("tokens").equals(responses[1].column("tokens"))
+  assert _close(ours, theirs)
+
+
+def _close(a, b) -> bool:
+  if isinstance(a, dict):
+    return a.keys() == b.keys() and all(_close(a[key], b[key]) for key in a)
+  if isinstance(a, list):
+    return len(a) == len(b) and all(map(_close, a, b))
+  return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3)
+
+
+def copy_of(setting, tmp_path):
+  folder, config = setting
+  shutil.copytree(folder / "run", tmp_path / "run")
+  return load_config(config, [f"run={tmp_path / 'run'}"])
+
+
+def test_changed_configuration_is_named_and_refused(setting, tmp_path):
+  settings = copy_of(setting, tmp_path)
+  stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) | {"run": str(tmp_path / "run")}
+  (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(stored))
+  changed = settings.model_copy(update={"align": settings.align.model_copy(update={"beta": 0.7})})
+  with pytest.raises(UserError, match=r"align.beta: this run folder was made with 0.1, the configuration now says 0.7"):
+    run(changed, QUIET)
+
+
+def test_damaged_artifact_is_named_and_refused(setting, tmp_path):
+  settings = copy_of(setting, tmp_path)
+  stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) | {"run": str(tmp_path / "run")}
+  (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(stored))
+  victim = tmp_path / "run" / "round_01" / "scores.parquet"
+  content = bytearray(victim.read_bytes())
+  content[len(content) // 2] ^= 1
+  victim.write_bytes(content)
+  with pytest.raises(UserError, match=r"scores.parquet: changed or damaged since stage round_01/score wrote it"):
+    run(settings, QUIET)
+  victim.unlink()
+  with pytest.raises(UserError, match=r"scores.parquet: missing, although stage round_01/score wrote it"):
+    run(settings, QUIET)
