@@ -17,6 +17,7 @@ Dtype = Literal["float32", "bfloat16"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+LinearMap = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Section(BaseModel):
@@ -159,7 +160,7 @@ class LoRA(Section):
   """Rank of each adapter."""
   alpha: Positive = 32.0
   """Scale: the adapter's output is multiplied by alpha / rank."""
-  targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+  targets: tuple[LinearMap, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
   """Names of the linear maps that get one."""
 
 

@@ -30,7 +30,7 @@ class Activity(NamedTuple):
 class Instruction(NamedTuple):
   """Arguments of one kind of check, drawn for an activity, and ways to say it to the policy.
 
-  A phrasing may name {limit}, {count}, {text} and {words}; {s} is the plural ending of the number before it.
+  A phrasing may name {limit}, {count} and {words}; {s} is the plural ending of the number before it.
   """
 
   draw: Callable[[random.Random, Activity], dict]
@@ -145,9 +145,6 @@ _ACTIVITY_TABLE = """
   choosing gifts | ribbon birthday card | gift person
 """
 
-OPENINGS = ("well", "in short", "i think", "the main thing", "for starters", "honestly")
-CLOSINGS = ("good luck", "have fun", "hope this helps", "it is worth it", "enjoy", "you can do it")
-
 INSTRUCTIONS = {
   "max_words": Instruction(
     lambda rng, activity: {"limit": rng.choice((20, 25, 30, 35))},
@@ -157,33 +154,17 @@ INSTRUCTIONS = {
     lambda rng, activity: {"limit": rng.choice((1, 2))},
     ("Use at most {limit} sentence{s}.", "Write no more than {limit} sentence{s}."),
   ),
-  "bullet_count": Instruction(
-    lambda rng, activity: {"count": rng.choice((2, 3, 4))},
-    (
-      "Give exactly {count} bullet points.",
-      'Answer with {count} bullet points that start with "-".',
-      "Write a list of {count} bullet points.",
-    ),
-  ),
   "numbered_list": Instruction(
     lambda rng, activity: {"count": rng.choice((2, 3, 4))},
     ("Give a numbered list of {count} items.", "Answer as a list numbered from 1 to {count}."),
   ),
   "include_words": Instruction(
-    lambda rng, activity: {"words": rng.sample(activity.include, rng.choice((1, 2)))},
+    lambda rng, activity: {"words": [rng.choice(activity.include)]},
     ("Mention {words}.", "Be sure to use {words}.", "Include {words} in your answer."),
   ),
   "exclude_words": Instruction(
     lambda rng, activity: {"words": [rng.choice(activity.exclude)]},
     ("Do not use the word {words}.", "Avoid the word {words}.", "Never say {words}."),
-  ),
-  "starts_with": Instruction(
-    lambda rng, activity: {"text": rng.choice(OPENINGS)},
-    ('Start your answer with "{text}".', 'Begin with "{text}".', 'Open with "{text}".'),
-  ),
-  "ends_with": Instruction(
-    lambda rng, activity: {"text": rng.choice(CLOSINGS)},
-    ('End your answer with "{text}".', 'Finish with "{text}".', 'Close with "{text}".'),
   ),
   "contains_question": Instruction(
     lambda rng, activity: {},
@@ -199,8 +180,8 @@ INSTRUCTIONS = {
   ),
 }
 
-# A list has a sentence in each item, and is either bulleted or numbered.
-_CONFLICTS = tuple(map(set, itertools.combinations(("max_sentences", "bullet_count", "numbered_list"), 2)))
+# A list has a sentence in each item, and numbers of its own.
+_CONFLICTS = ({"max_sentences", "numbered_list"}, {"include_number", "numbered_list"})
 
 
 def activities(*, heldout: bool) -> list[Activity]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -10,14 +11,16 @@ from pathlib import Path
 import yaml
 
 from tsalign_jax.config import Config, changed_keys, dump_config
+from tsalign_jax.data.chat import Chat, load_tokenizer
+from tsalign_jax.data.files import read_preferences, read_prompts
 from tsalign_jax.manifest import Manifest, fingerprint, write_json
 from tsalign_jax.models.config import read_config
-from tsalign_jax.models.loading import language_model, reward_model
-from tsalign_jax.models.lora import adapted_skeleton
+from tsalign_jax.models.loading import policy_config
 from tsalign_jax.parallel.mesh import make_mesh
 from tsalign_jax.recipes.ts_align import Step, round_name, ts_align
 from tsalign_jax.report.html import write_report
 from tsalign_jax.stages.base import Job, Progress
+from tsalign_jax.teachers.build import build_teacher
 from tsalign_jax.types import UserError
 
 EXTENSIBLE = {"rounds"}  # keys that may grow between two runs on one folder
@@ -29,10 +32,10 @@ def run(config: Config, progress_of: Callable[[str], Progress]) -> None:
   `progress_of(stage)` gives a stage its progress display. Raises UserError for wrong input before any device work,
   and for a run folder that holds another configuration or damaged files.
   """
-  _check_models(config)
+  _check_inputs(config)
   with _locked(config.run):
     _check_config(config)
-    manifest, mesh = Manifest(config.run), make_mesh(**config.mesh.model_dump())
+    manifest, mesh = Manifest(config.run), functools.cache(lambda: make_mesh(**config.mesh.model_dump()))
     steps = list(ts_align(config))
     committed = [step for step in steps if step.name in manifest.stages]
     for step in committed:
@@ -95,12 +98,19 @@ def _execute(step: Step, config: Config, mesh, manifest: Manifest, progress: Pro
   shutil.rmtree(out)
 
 
-def _check_models(config: Config) -> None:
-  """Everything about the two models that can be wrong, before a device is touched."""
-  policy, student = language_model(config.policy), reward_model(config.student)
-  adapted_skeleton(policy, config.align.lora)
-  if config.student.warm_start is None and not read_config(student.folder).reward_head:
-    raise UserError(f"student.path: {student.folder} has no reward head; set student.warm_start to train one")
+def _check_inputs(config: Config) -> None:
+  """Everything that can be wrong with models and files, before a device is touched or anything is written."""
+  policy_config(config.policy)
+  Chat.load(config.policy.path)
+  student = read_config(config.student.path)
+  load_tokenizer(config.student.path)
+  if config.student.warm_start is None and not student.reward_head:
+    raise UserError(f"student.path: {config.student.path} has no reward head; set student.warm_start to train one")
+  teacher = build_teacher(config.teacher)
+  for source in (config.prompts.train, config.prompts.heldout):
+    teacher.validate_prompts(read_prompts(source), source)
+  if config.distil.replay:
+    read_preferences(config.distil.replay)
 
 
 def _check_config(config: Config) -> None:

@@ -1,6 +1,7 @@
 """What a Hugging Face `config.json` says about a model, for the decoder and the encoder families we know."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -126,11 +127,11 @@ def read_config(folder: Path) -> ModelConfig:
   """
   if not (Path(folder) / "config.json").is_file():
     raise UserError(f"{folder}: no config.json there; a model is a Hugging Face folder (see `tsalign import-gguf`)")
-  source = AutoConfig.from_pretrained(folder)
-  architecture = (source.architectures or ["(none)"])[0]
+  architecture = (json.loads((Path(folder) / "config.json").read_text()).get("architectures") or ["(none)"])[0]
   if architecture not in DECODERS and architecture not in ENCODERS:
     known = ", ".join(sorted(DECODERS | ENCODERS))
     raise UserError(f"{folder}: architecture {architecture} is not supported; known are {known}")
+  source = AutoConfig.from_pretrained(folder)
   reward = architecture.endswith("ForSequenceClassification")
   if reward and source.num_labels != 1:
     raise UserError(f"{folder}: a reward model has one label, this {architecture} has {source.num_labels}")

@@ -59,12 +59,17 @@ def _skeleton(config: ModelConfig, layout: Layout) -> Skeleton:
   return Skeleton.of(lambda rngs: kind(config, rngs, layout))
 
 
-def language_model(model: settings.Model) -> ModelHandle:
-  """The handle of a causal language model; UserError for an encoder or a reward model."""
+def policy_config(model: settings.Model) -> DecoderConfig:
+  """The configuration of a causal language model; UserError for an encoder or a reward model."""
   config = read_config(model.path)
   if not isinstance(config, DecoderConfig) or config.reward_head:
     raise UserError(f"{model.path}: a policy is a causal language model, this is a {config.family} of another kind")
-  return _handle(model, config)
+  return config
+
+
+def language_model(model: settings.Model) -> ModelHandle:
+  """The handle of a causal language model; UserError for an encoder or a reward model."""
+  return _handle(model, policy_config(model))
 
 
 def reward_model(model: settings.Model) -> ModelHandle:

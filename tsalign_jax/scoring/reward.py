@@ -19,7 +19,7 @@ from tsalign_jax.models.loading import ModelHandle
 from tsalign_jax.parallel.mesh import batch_ways, put_batch
 from tsalign_jax.types import Conversation, Scores
 
-WIDTH_MULTIPLE = 32  # row widths are rounded up to it, which bounds the number of compilations
+WIDTH_MULTIPLE = 16  # row widths are rounded up to it, which bounds the number of compilations
 
 
 class Rows(NamedTuple):

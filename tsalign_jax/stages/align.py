@@ -19,7 +19,7 @@ from tsalign_jax.training.optimizer import build_trainer
 from tsalign_jax.training.run import microbatches, train, training_steps
 from tsalign_jax.types import Branches
 
-WIDTH_MULTIPLE = 32  # tokens; all microbatches of a stage share one shape, so that it compiles once
+WIDTH_MULTIPLE = 16  # tokens; all microbatches of a stage share one shape, so that it compiles once
 # Nats a response by which the two programs that compute log-probabilities may round differently.
 DRIFT_AT_START = {"float32": 1e-3, "bfloat16": 0.1}
 

@@ -32,8 +32,13 @@ class Job:
   partial: Path
   options: Mapping[str, Any]
   config: Config
-  mesh: Mesh
+  make_mesh: Callable[[], Mesh]  # called by the first stage that needs devices, and not before
   progress: Progress
+
+  @property
+  def mesh(self) -> Mesh:
+    """The device mesh of the run."""
+    return self.make_mesh()
 
   @property
   def seed(self) -> int:

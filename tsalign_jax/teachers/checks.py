@@ -108,12 +108,12 @@ class ChecksTeacher:
   def validate_prompts(self, prompts: Iterable[Prompt], source: str = "the prompts") -> None:
     """None if every prompt can be judged, else raises UserError that names the row; to be called up front."""
     for prompt in prompts:
-      validate(self.checks_of(prompt, source), f"row {prompt.id} of {source}")
+      validate(self.checks_of(prompt, source), f"row {prompt.id + 1} of {source}")
 
   def checks_of(self, prompt: Prompt, source: str = "the prompts") -> Sequence[dict]:
     """The prompt's own checks, else the default ones; raises UserError if there are neither."""
     if not prompt.checks and not self.default:
-      raise UserError(f"row {prompt.id} of {source} has no checks, nor has the checks teacher default ones")
+      raise UserError(f"row {prompt.id + 1} of {source} has no checks, nor has the checks teacher default ones")
     return prompt.checks or self.default
 
   def scores(self, prompt: Prompt, responses: Sequence[str]) -> list[float]:

