@@ -1,6 +1,6 @@
 """The one configuration of a run: every field, what it means, what is allowed.
 
-A YAML file plus `key=value` overrides become a `Config`; whatever is wrong becomes one `UserError` that names the key.
+A YAML file plus `key=value` overrides become a `Config`; what is wrong becomes one `UserError` that names the key.
 """
 
 import difflib
@@ -124,6 +124,7 @@ class ChecksTeacher(Section):
   """Verifies instructions by program; a score is the fraction satisfied, equal scores are a tie."""
 
   kind: Literal["checks"] = "checks"
+  """Which kind of teacher this is."""
   default: tuple[dict[str, Any], ...] = ()
   """Checks of prompts that bring none of their own: [{name: max_words, limit: 80}, ...]."""
   plugins: tuple[str, ...] = ()
@@ -223,20 +224,28 @@ class Config(Section):
   """The run folder: everything the run writes. The same command on the same folder continues."""
   seed: int = 0
   """Everything random is derived from it and from each item's own index."""
-  recipe: Literal["ts_align"] = "ts_align"
-  """How stages and engines are composed."""
   rounds: Count = 2
   """Rounds; a finished run may be continued with more."""
   policy: Policy
+  """The language model that is aligned."""
   student: Student
+  """The small reward model that scores everything and picks the pairs."""
   teacher: ChecksTeacher = ChecksTeacher()
+  """Who decides which of two responses is better."""
   prompts: Prompts
+  """What the policy answers."""
   sampling: Sampling = Sampling()
+  """How it answers."""
   mining: Mining = Mining()
+  """Which two answers the teacher sees."""
   align: Align = Align()
+  """How the policy learns from the verdicts."""
   distil: Distil = Distil()
+  """How the student learns from the verdicts."""
   evaluation: Evaluation = Evaluation()
+  """How the result is measured."""
   mesh: Mesh = Mesh()
+  """How devices are arranged."""
 
 
 def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
@@ -302,9 +311,11 @@ def _explain(error: dict) -> str:
   if error["type"] == "missing":
     return f"{key}: missing; this key is required"
   message = error["msg"].removeprefix("Value error, ")
-  return f"{key}: {message[0].lower()}{message[1:]} (got {error['input']!r})" if isinstance(
-    error["input"], str | int | float | bool | None
-  ) else f"{key}: {message}"
+  return (
+    f"{key}: {message[0].lower()}{message[1:]} (got {error['input']!r})"
+    if isinstance(error["input"], str | int | float | bool | None)
+    else f"{key}: {message}"
+  )
 
 
 def _fields_at(place: list[str]) -> list[str]:

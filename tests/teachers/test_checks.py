@@ -216,15 +216,13 @@ def test_default_checks_judge_prompts_that_have_none():
 
 def test_prompt_without_any_checks_is_named_before_anything_is_judged():
   prompts = [Prompt(0, [], SHORT_AND_PLAIN), Prompt(7, [])]
-  with pytest.raises(UserError, match=r"^row 7 of prompts.jsonl has no checks"):
+  with pytest.raises(UserError, match=r"^row 8 of prompts.jsonl has no checks"):
     TEACHER.validate_prompts(prompts, "prompts.jsonl")
   ChecksTeacher(default=SHORT_AND_PLAIN).validate_prompts(prompts)
 
 
 def test_prompt_with_a_wrong_check_is_named():
-  with pytest.raises(
-    UserError, match=r"row 7 of prompts.jsonl: unknown check 'no_comma'; did you mean 'no_commas'"
-  ):
+  with pytest.raises(UserError, match=r"row 8 of prompts.jsonl: unknown check 'no_comma'; did you mean 'no_commas'"):
     TEACHER.validate_prompts([Prompt(7, [], [{"name": "no_comma"}])], "prompts.jsonl")
 
 

@@ -70,7 +70,9 @@ def test_logps_do_not_change_with_what_else_is_in_the_batch(family, tmp_path, on
   trunk_start = 9 - batch.trunk_length[0]
   mixed = dataclasses.replace(
     other,
-    trunk=np.concatenate([np.concatenate([other.trunk[:1, :trunk_start], batch.trunk[:1, trunk_start:]], 1), other.trunk[1:]]),
+    trunk=np.concatenate(
+      [np.append(other.trunk[0, :trunk_start], batch.trunk[0, trunk_start:])[None], other.trunk[1:]]
+    ),
     trunk_length=np.concatenate([batch.trunk_length[:1], other.trunk_length[1:]]),
     branches=_with_first(other.branches, batch.branches, batch.branch_length[0, 0]),
     branch_length=_with_first_length(other.branch_length, batch.branch_length[0, 0]),
@@ -116,8 +118,8 @@ def test_dpo_loss_and_gradients_equal_pytorch(family, layout, tmp_path, one_devi
   align = Align(beta=0.3, label_smoothing=0.1, sft_weight=0.2)
   reference_logps = build_reference(other, one_device)(reference_params, batch)
   weights = np.full(3, 1 / 3, np.float32)
-  loss = build_loss(model, one_device, align)
-  (value, _), gradients = jax.value_and_grad(loss, has_aux=True)(params, {}, AlignBatch(batch, reference_logps, weights))
+  step = jax.value_and_grad(build_loss(model, one_device, align), has_aux=True)
+  (value, _), gradients = step(params, {}, AlignBatch(batch, reference_logps, weights))
 
   expected = torch_dpo(peer, reference, batch, beta=0.3, smoothing=0.1, sft=0.2)
   expected.backward()

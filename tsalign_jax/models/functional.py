@@ -72,9 +72,7 @@ class Skeleton:
   def abstract(self, mesh: Mesh, dtype=jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtype and shardings: what checkpoints are restored into and programs are compiled for."""
     placed = self.shardings(mesh)
-    return {
-      name: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=placed[name]) for name, spec in self.specs.items()
-    }
+    return {name: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=placed[name]) for name, spec in self.specs.items()}
 
 
 def _named(state: nnx.State):

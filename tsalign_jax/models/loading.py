@@ -45,9 +45,7 @@ class ModelHandle:
 
   def load(self, mesh: Mesh, *, fresh_key=None) -> dict[str, jax.Array]:
     """The folder's parameters on the mesh; a missing head is initialised from `fresh_key`."""
-    params, _ = load_params(
-      self.folder, self.skeleton, self.config, mesh, dtype=self.param_dtype, fresh_key=fresh_key
-    )
+    params, _ = load_params(self.folder, self.skeleton, self.config, mesh, dtype=self.param_dtype, fresh_key=fresh_key)
     return params
 
 

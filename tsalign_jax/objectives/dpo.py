@@ -5,9 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def sigmoid(
-  log_ratios: Float[Array, "batch 2"], *, beta: float, label_smoothing: float = 0.0
-) -> Float[Array, "batch"]:
+def sigmoid(log_ratios: Float[Array, "batch 2"], *, beta: float, label_smoothing: float = 0.0) -> Float[Array, "batch"]:
   """DPO loss of each pair (Rafailov et al. 2023, eq. 7); log_ratios holds log(policy/reference), chosen first.
 
   With label smoothing e it is the conservative loss: labels are taken to be wrong with probability e.

@@ -207,4 +207,3 @@ def conversation_text(messages: Conversation) -> str:
   if len(messages) == 1:
     return messages[0]["content"]
   return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-

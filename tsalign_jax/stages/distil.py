@@ -72,5 +72,3 @@ def _replayed(job: Job, new: int, settings: Distil) -> list[PreferencePair]:
   random = np.random.default_rng(job.seed)
   order = np.concatenate([random.permutation(len(pool)) for _ in range(-(-wanted // len(pool)))] or [np.zeros(0, int)])
   return [pool[index] for index in order[:wanted]]
-
-

@@ -32,9 +32,7 @@ def branch_logps(
   language_model: LanguageModel, batch: Branches, model: ModelHandle, mesh: Mesh
 ) -> Float[Array, "batch k"]:
   """log p(branch | trunk) in nats, at temperature 1: only branch tokens pay the vocabulary projection."""
-  hidden, _ = language_model.model(
-    *flatten(batch), TrunkAndBranches(batch), dtype=model.dtype, remat=model.remat
-  )
+  hidden, _ = language_model.model(*flatten(batch), TrunkAndBranches(batch), dtype=model.dtype, remat=model.remat)
   hidden = constrain_batch(hidden, mesh)
   rows, k, response = batch.branches.shape
   prompt = batch.trunk.shape[1]
@@ -71,9 +69,7 @@ def build_loss(model: ModelHandle, mesh: Mesh, align: Align):
 
   def loss(trainable: Params, frozen: Params, batch: AlignBatch):
     logps = branch_logps(skeleton.bind({**frozen, **trainable}), batch.pairs, model, mesh)
-    losses = dpo.sigmoid(
-      logps - batch.reference_logps, beta=align.beta, label_smoothing=align.label_smoothing
-    )
+    losses = dpo.sigmoid(logps - batch.reference_logps, beta=align.beta, label_smoothing=align.label_smoothing)
     if align.sft_weight:
       losses = losses + align.sft_weight * dpo.sft(logps, batch.pairs.branch_length)
     metrics = dpo.metrics(logps, batch.reference_logps, beta=align.beta) | {"loss": losses}

@@ -1,0 +1,65 @@
+"""Prompts and preferences in the formats that TRL reads."""
+
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tsalign_jax.data.files import read_preferences, read_prompts
+from tsalign_jax.types import PreferencePair, UserError
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+def jsonl(tmp_path, *rows) -> str:
+  file = tmp_path / "rows.jsonl"
+  file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return str(file)
+
+
+def test_text_and_messages_are_the_same_prompt(tmp_path):
+  first, second = read_prompts(jsonl(tmp_path, {"prompt": "hi"}, {"prompt": USER}))
+  assert first.messages == second.messages == USER
+  assert (first.id, second.id) == (0, 1)
+
+
+def test_parquet_and_datasets_give_what_jsonl_gives(tmp_path):
+  rows = [{"prompt": USER, "other": 1}, {"prompt": [*USER, {"role": "assistant", "content": "ho"}, *USER], "other": 2}]
+  expected = read_prompts(jsonl(tmp_path, *rows))
+  pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+  assert read_prompts(str(tmp_path / "rows.parquet")) == expected
+  (tmp_path / "hub").mkdir()
+  datasets.Dataset.from_list(rows).to_parquet(tmp_path / "hub" / "train-0.parquet")
+  assert read_prompts(f"{tmp_path / 'hub'}@train") == expected
+
+
+PAIR = PreferencePair(USER, "good", "bad")
+FORMATS = {
+  "text": {"prompt": "hi", "chosen": "good", "rejected": "bad"},
+  "conversational": {
+    "prompt": USER,
+    "chosen": [{"role": "assistant", "content": "good"}],
+    "rejected": [{"role": "assistant", "content": "bad"}],
+  },
+  "implicit prompt": {
+    "chosen": [*USER, {"role": "assistant", "content": "good"}],
+    "rejected": [*USER, {"role": "assistant", "content": "bad"}],
+  },
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_preference_format_gives_the_same_pair(form, tmp_path):
+  assert read_preferences(jsonl(tmp_path, FORMATS[form])) == [PAIR]
+
+
+def test_preference_row_without_rejected_is_named(tmp_path):
+  with pytest.raises(UserError, match="row 2: no `rejected`"):
+    read_preferences(jsonl(tmp_path, FORMATS["text"], {"prompt": "hi", "chosen": "good"}))
+
+
+def test_empty_file_is_refused(tmp_path):
+  with pytest.raises(UserError, match="there is no row in it"):
+    read_prompts(jsonl(tmp_path))

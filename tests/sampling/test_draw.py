@@ -1,0 +1,70 @@
+"""The draw and its filters against brute force."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tsalign_jax.config import Sampling
+from tsalign_jax.sampling.draw import draw, filtered_probs, keep_min_p, keep_top_k, keep_top_p
+
+probabilities = st.lists(st.floats(1e-6, 1.0), min_size=2, max_size=40).map(
+  lambda values: np.asarray(values, np.float32) / np.float32(sum(values))
+)
+
+
+def kept(filtered) -> set[int]:
+  return set(np.flatnonzero(np.asarray(filtered)).tolist())
+
+
+@settings(max_examples=60, deadline=None)
+@given(probabilities, st.integers(1, 45))
+def test_top_k_keeps_the_k_largest_and_what_ties_with_the_last(probs, k):
+  floor = np.sort(probs)[::-1][min(k, len(probs)) - 1]
+  assert kept(keep_top_k(jnp.asarray(probs)[None], k)[0]) == set(np.flatnonzero(probs >= floor).tolist())
+
+
+@settings(max_examples=60, deadline=None)
+@given(probabilities, st.floats(0.05, 0.99))
+def test_top_p_keeps_the_smallest_sufficient_set(probs, p):
+  result = kept(keep_top_p(jnp.asarray(probs)[None], p)[0])
+  mass = probs[sorted(result)].sum()
+  assert mass >= p * probs.sum() - 1e-5
+  least = probs[sorted(result)].min()
+  assert result == set(np.flatnonzero(probs >= least).tolist())  # a prefix of the sorted order
+  without = probs[probs > least].sum()
+  assert without < p * probs.sum() + 1e-5  # and no shorter prefix suffices
+
+
+@settings(max_examples=40, deadline=None)
+@given(probabilities, st.floats(0.01, 0.9))
+def test_min_p_keeps_what_is_near_the_likeliest(probs, share):
+  expected = set(np.flatnonzero(probs >= np.float32(share) * probs.max()).tolist())
+  assert kept(keep_min_p(jnp.asarray(probs)[None], share)[0]) == expected
+
+
+@pytest.mark.parametrize("vocab", [5, 256, 700])
+def test_tokens_come_with_their_probabilities(vocab):
+  """Chi-square over 20,000 draws; blocks of the two-level sum are full, partial or single."""
+  random = np.random.default_rng(0)
+  logits = jnp.asarray(random.normal(0, 2, vocab), jnp.float32)
+  sampling = Sampling(temperature=0.7, top_p=0.9)
+  keys = jax.random.split(jax.random.key(1), 20_000)
+  tokens = jax.jit(jax.vmap(lambda key: draw(logits, key, sampling)))(keys)
+  probs = np.asarray(filtered_probs(logits, sampling), np.float64)
+  probs /= probs.sum()
+  counts = np.bincount(tokens, minlength=vocab)
+  assert counts[probs == 0].sum() == 0
+  expected = 20_000 * probs[probs > 0]
+  often = expected >= 5
+  statistic = ((counts[probs > 0] - expected)[often] ** 2 / expected[often]).sum()
+  degrees = often.sum() - 1
+  assert statistic < degrees + 4 * np.sqrt(2 * degrees)
+
+
+def test_a_certain_token_is_always_drawn():
+  logits = jnp.full((64, 1000), -1e9).at[jnp.arange(64), jnp.arange(64) * 15].set(0.0)
+  keys = jax.random.split(jax.random.key(2), 64)
+  assert (draw(logits, keys, Sampling()) == jnp.arange(64) * 15).all()

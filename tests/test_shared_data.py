@@ -1,0 +1,38 @@
+"""The loop on real prompts and human preferences, where a checkout of them lies beside the project."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from rich.console import Console
+
+from tsalign_jax.config import load_config
+from tsalign_jax.loop import run
+from tsalign_jax.progress import terminal_progress
+
+DATA = Path(__file__).parents[1].parent / "shared" / "data"
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="no folder shared/data beside the project")
+
+
+def test_the_loop_runs_on_real_prompts_and_replays_human_preferences(tmp_path):
+  file = tiny.run_config(
+    tmp_path,
+    rounds=1,
+    prompts={
+      "train": str(DATA / "prompts" / "train.jsonl"),
+      "heldout": str(DATA / "prompts" / "eval.jsonl"),
+      "max_tokens": 100,
+      "per_round": 8,
+      "heldout_limit": 8,
+    },
+    teacher={"kind": "checks", "default": [{"name": "max_words", "limit": 6}, {"name": "no_commas"}]},
+    align={"batch_size": 4, "microbatch": 4},
+    distil={"batch_size": 4, "microbatch": 4, "replay": str(DATA / "hh_rlhf" / "preferences.train.jsonl")},
+  )
+  run(load_config(file), terminal_progress(Console(quiet=True)))
+  metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+  assert metrics["pairs"] > 0
+  assert metrics["dropped"]["prompt too long"] > 0
+  distilled = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["round_01/distil"]["counts"]
+  assert distilled["replayed_pairs"] == distilled["new_pairs"]
