@@ -19,6 +19,7 @@ def test_the_loop_runs_on_real_prompts_and_replays_human_preferences(tmp_path):
   file = tiny.run_config(
     tmp_path,
     rounds=1,
+    mesh={"fsdp": 4, "tensor": 2},
     prompts={
       "train": str(DATA / "prompts" / "train.jsonl"),
       "heldout": str(DATA / "prompts" / "eval.jsonl"),

@@ -166,7 +166,6 @@ def run_config(folder: pathlib.Path, **changes) -> pathlib.Path:
     "align": {"learning_rate": 1e-3, "batch_size": 4, "microbatch": 2, "epochs": 4, "checkpoint_every": 2},
     "distil": {"learning_rate": 1e-3, "batch_size": 4, "microbatch": 4, "epochs": 2, "checkpoint_every": 2},
     "evaluation": {"resamples": 200},
-    "mesh": {"fsdp": 1},
   }
   file = folder / "config.yaml"
   file.write_text(yaml.safe_dump(config | changes))

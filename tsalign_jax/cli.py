@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from tsalign_jax.types import UserError
 
@@ -15,6 +16,7 @@ app = typer.Typer(
   no_args_is_help=True,
   pretty_exceptions_enable=False,
   context_settings={"help_option_names": ["-h", "--help"]},
+  rich_markup_mode="markdown",
   help="Align a language model with preferences mined from its own answers (TS-Align), on TPU, GPU or CPU.",
 )
 console = Console()
@@ -115,7 +117,7 @@ def main() -> None:
   try:
     app()
   except UserError as error:
-    Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False, markup=True)
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
     sys.exit(2)
 
 

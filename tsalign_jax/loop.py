@@ -74,14 +74,9 @@ def _execute(step: Step, config: Config, mesh, manifest: Manifest, progress: Pro
   shutil.rmtree(out, ignore_errors=True)
   out.mkdir(parents=True)
   partial.mkdir(exist_ok=True)
-  spent = partial / "seconds"  # of earlier attempts, so that a killed run reports its whole time
-  before = float(spent.read_text()) if spent.exists() else 0.0
   writes = {name: out / file for name, file in step.writes.items()}
   job = Job(step.name, step.reads, writes, partial, step.options, config, mesh, progress)
-  try:
-    counts = step.stage(job)
-  finally:
-    spent.write_text(str(before + time.monotonic() - started))
+  counts = step.stage(job)
   final = {name: folder / file for name, file in step.writes.items()}
   for name, path in writes.items():
     if final[name].is_dir():
@@ -90,7 +85,7 @@ def _execute(step: Step, config: Config, mesh, manifest: Manifest, progress: Pro
   entry = {
     "reads": {manifest.name(path): fingerprint(path) for path in step.reads.values()},
     "writes": {manifest.name(path): fingerprint(path) for path in final.values()},
-    "seconds": before + time.monotonic() - started,
+    "seconds": time.monotonic() - started,  # of the attempt that finished
     "counts": counts,
   }
   manifest.commit(step.name, entry)

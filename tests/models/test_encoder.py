@@ -131,6 +131,32 @@ def test_sharded_reward_equals_single_device(family, tmp_path, one_device, eight
   np.testing.assert_allclose(program(split, spread), program(params, rows), atol=TOLERANCE)
 
 
+MASKED = {
+  "bert": (transformers.BertForMaskedLM, {"dense.kernel", "dense.bias", "out.kernel", "out.bias"}),
+  "roberta": (transformers.RobertaForMaskedLM, {"dense.kernel", "dense.bias", "out.kernel", "out.bias"}),
+  "modernbert": (transformers.ModernBertForMaskedLM, {"out.kernel", "out.bias"}),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["", "gamma and beta"])
+@pytest.mark.parametrize("family", MASKED)
+def test_masked_language_model_is_a_backbone(family, legacy, tmp_path, one_device):
+  """What students usually start from; old folders call the norms' parameters gamma and beta."""
+  config = tiny.encoder(family, tmp_path).config
+  peer = MASKED[family][0](config).eval()
+  peer.save_pretrained(tmp_path)
+  if legacy:
+    file = tmp_path / "model.safetensors"
+    renamed = {
+      name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+      for name, tensor in load_file(file).items()
+    }
+    save_file(renamed, file)
+  _, skeleton, params, missing = load_reward_model(tmp_path, one_device, jax.random.key(0))
+  assert set(missing) == MASKED[family][1]
+  assert_hidden_equal(peer.base_model, skeleton, params, ragged_rows(9))
+
+
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 def test_remat_keeps_reward_and_gradient(family, tmp_path, one_device):
   tiny.encoder(family, tmp_path, reward=True)

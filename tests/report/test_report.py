@@ -38,7 +38,7 @@ def change_metrics(run: Path, number: int, **changes) -> None:
   file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def printed(run: Path, width: int = 100) -> list[str]:
+def printed(run: Path, width: int = 80) -> list[str]:
   console = Console(width=width, file=StringIO(), color_system=None)
   console.print(closing_table(run))
   return [line.rstrip() for line in console.file.getvalue().splitlines()]
@@ -258,7 +258,7 @@ def test_long_series_are_averaged_within_their_round_and_the_chart_says_so():
 def test_table_fits_and_shows_every_round(tmp_path, rounds):
   run = fabricate(tmp_path / "run", rounds, win_rate=0.6)
   lines = printed(run)
-  assert max(map(len, lines)) <= 100
+  assert max(map(len, lines)) <= 80
   assert sum("142 → 1" in line for line in lines) == rounds
   assert any("60.0 [53.9, 66.1]" in line and "139/30/87" in line and "64 → 67" in line for line in lines)
 
@@ -267,7 +267,7 @@ def test_table_fits_with_large_numbers(tmp_path):
   run = fabricate(tmp_path / "run", 1)
   large = {"wins": 1400, "ties": 3000, "losses": 1860, "mean_length_base": 1024.0, "mean_length_policy": 1311.0}
   change_metrics(run, 1, pairs=123456, kl_from_initial=123.4, seconds={"align": 60 * 1234.5}, **large)
-  lines = printed(run)
+  lines = printed(run, width=100)
   assert max(map(len, lines)) <= 100 and "…" not in "".join(lines)
   assert any("1400/3000/1860" in line and "1024 → 1311" in line and "1234.5" in line for line in lines)
 

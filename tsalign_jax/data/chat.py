@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tsalign_jax.types import Conversation, UserError
@@ -36,7 +37,11 @@ class Chat:
 
     >>> chat.prompt_tokens([{"role": "user", "content": "Hi"}])   # <|im_start|>user Hi <|im_end|> <|im_start|>assistant
     """
-    text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+      text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:  # such as a system turn, where a model knows none
+      start = messages[0]["content"][:60]
+      raise UserError(f"the chat template refuses the prompt that begins {start!r}: {error}") from error
     return self._one_bos(self.tokenizer.encode(text, add_special_tokens=False))
 
   def conversation_tokens(self, messages: Conversation, response: str) -> tuple[list[int], list[int]]:

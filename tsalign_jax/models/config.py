@@ -24,10 +24,13 @@ DECODERS = {
 }
 ENCODERS = {
   "BertModel": "bert",
+  "BertForMaskedLM": "bert",
   "BertForSequenceClassification": "bert",
   "RobertaModel": "roberta",
+  "RobertaForMaskedLM": "roberta",
   "RobertaForSequenceClassification": "roberta",
   "ModernBertModel": "modernbert",
+  "ModernBertForMaskedLM": "modernbert",
   "ModernBertForSequenceClassification": "modernbert",
 }
 

@@ -93,9 +93,14 @@ class WeightFiles:
     return name in self._open
 
   def find(self, name: str) -> str | None:
-    """The name under which this tensor is stored: as it is, or without its prefix, as a bare backbone is saved."""
+    """The name under which this tensor is stored.
+
+    As it is; without its prefix, as a bare backbone is saved; with gamma and beta, as norms were called once.
+    """
     bare = re.sub(r"^(model|bert|roberta)\.", "", name)
-    return next((candidate for candidate in (name, bare) if candidate in self._open), None)
+    names = [name, bare]
+    names += [re.sub(r"(LayerNorm)\.weight$", r"\1.gamma", re.sub(r"(LayerNorm)\.bias$", r"\1.beta", n)) for n in names]
+    return next((candidate for candidate in names if candidate in self._open), None)
 
   def slice(self, name: str):
     """A lazy view of one tensor."""

@@ -13,16 +13,15 @@ _COLUMNS = (
   "win rate %\n[95%]",
   "won/tied/\nlost",
   "tokens\nbase → now",
-  "student %\nrandom",
-  "student %\nmined",
+  "student\nrandom",
+  "student\nmined",
   "KL\nnats",
-  "pairs",
   "min",
 )
 
 
 def closing_table(run: Path) -> Table:
-  """Finished rounds of the run in a folder, at most 100 columns wide; raises UserError if it holds no run."""
+  """Finished rounds of the run in a folder, at most 80 columns wide; raises UserError if it holds no run."""
   finished = load_run(run).finished
   table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, caption_justify="left")
   table.caption = _conclusion(finished)
@@ -42,7 +41,6 @@ def _cells(metrics: Metrics) -> list[str]:
     _change(metrics.student_accuracy_random),
     _change(metrics.student_accuracy_mined),
     number(metrics.kl_from_initial),
-    _whole(metrics.pairs),
     f"{sum(metrics.seconds.values()) / 60:.1f}",
   ]
 
