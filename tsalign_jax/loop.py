@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import functools
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ def run(config: Config, progress_of: Callable[[str], Progress]) -> None:
     committed = [step for step in steps if step.name in manifest.stages]
     for step in committed:
       manifest.verify(step.name, step.reads)
+      _clean(config.run, step)
     for step in steps:
       if step not in committed:
         _execute(step, config, mesh, manifest, progress_of(step.name))
@@ -69,28 +71,47 @@ def write_metrics(run: Path, manifest: Manifest, folder: str) -> None:
 def _execute(step: Step, config: Config, mesh, manifest: Manifest, progress: Progress) -> None:
   """Runs one stage into a folder of its own, moves what it wrote into place, and commits."""
   started = time.monotonic()
-  folder = config.run / step.folder
-  partial, out = folder / f"{step.name.split('/')[1]}.partial", folder / f"{step.name.split('/')[1]}.out"
+  folder, (partial, out) = config.run / step.folder, _workplaces(config.run, step)
   shutil.rmtree(out, ignore_errors=True)
   out.mkdir(parents=True)
   partial.mkdir(exist_ok=True)
+  reads = {manifest.name(path): fingerprint(path) for path in step.reads.values()}
+  _check_same_inputs(step.name, partial / "inputs.json", reads)
   writes = {name: out / file for name, file in step.writes.items()}
-  job = Job(step.name, step.reads, writes, partial, step.options, config, mesh, progress)
-  counts = step.stage(job)
+  counts = step.stage(Job(step.name, step.reads, writes, partial, step.options, config, mesh, progress))
   final = {name: folder / file for name, file in step.writes.items()}
   for name, path in writes.items():
     if final[name].is_dir():
       shutil.rmtree(final[name])
     path.replace(final[name])
   entry = {
-    "reads": {manifest.name(path): fingerprint(path) for path in step.reads.values()},
+    "reads": reads,
     "writes": {manifest.name(path): fingerprint(path) for path in final.values()},
     "seconds": time.monotonic() - started,  # of the attempt that finished
     "counts": counts,
   }
   manifest.commit(step.name, entry)
-  shutil.rmtree(partial)
-  shutil.rmtree(out)
+  _clean(config.run, step)
+
+
+def _workplaces(run: Path, step: Step) -> tuple[Path, Path]:
+  """Where a stage keeps what it needs to resume, and where it writes before it commits."""
+  name = step.name.split("/")[1]
+  return run / step.folder / f"{name}.partial", run / step.folder / f"{name}.out"
+
+
+def _clean(run: Path, step: Step) -> None:
+  for folder in _workplaces(run, step):
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_same_inputs(stage: str, file: Path, reads: dict[str, str]) -> None:
+  """A stage that was stopped continues only from the inputs that it began with."""
+  before = json.loads(file.read_text()) if file.exists() else reads
+  for path, digest in reads.items():
+    if before.get(path) != digest:
+      raise UserError(f"{path}: changed while stage {stage} was half done; restore it, or start a new run folder")
+  write_json(file, reads)
 
 
 def _check_inputs(config: Config) -> None:

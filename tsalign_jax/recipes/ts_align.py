@@ -42,7 +42,7 @@ def ts_align(config: Config) -> Iterator[Step]:
   run = config.run
   start = run / "round_00"
   train, heldout = start / "train_prompts.parquet", start / "heldout_prompts.parquet"
-  files = {name: Path(source) for name, source in _sources(config).items() if Path(source).is_file()}
+  files = _files({"train": config.prompts.train, "heldout": config.prompts.heldout})
   yield Step(
     "round_00/prepare", prepare, files, {"train": "train_prompts.parquet", "heldout": "heldout_prompts.parquet"}
   )
@@ -106,6 +106,7 @@ def _round(config: Config, number: int, train: Path, heldout: Path, policy: Path
     "student_initial": first_student(config),
     "student_now": folder / "student",
     "policy_initial": config.policy.path,
+    **_teacher_files(config),
   }
   yield Step(f"{name}/evaluate", evaluate, reads, {"comparisons": "comparisons.parquet"})
 
@@ -136,16 +137,26 @@ def _label(config: Config, name: str, prompts: Path, scores: Path | None, option
   reads = {"responses": responses} | ({"scores": scores} if scores else {})
   yield Step(f"{name}/mine", mine, reads, {"candidates": "candidates.parquet"}, options)
   reads = {"prompts": prompts, "responses": responses}
-  yield Step(f"{name}/judge", judge, reads | {"candidates": candidates}, {"verdicts": "verdicts.parquet"})
+  judged = reads | {"candidates": candidates} | _teacher_files(config)
+  yield Step(f"{name}/judge", judge, judged, {"verdicts": "verdicts.parquet"})
   yield Step(f"{name}/pair", pair, reads | {"verdicts": folder / "verdicts.parquet"}, {"pairs": "pairs.parquet"})
 
 
 def _distil(config: Config, name: str, student: Path, replay: Mapping[str, Path], settings) -> Step:
-  reads = {"pairs": config.run / name / "pairs.parquet", "student": student, **replay}
-  if settings.replay and Path(settings.replay).is_file():
-    reads["human"] = Path(settings.replay)
+  reads = {
+    "pairs": config.run / name / "pairs.parquet",
+    "student": student,
+    **replay,
+    **_files({"human": settings.replay}),
+  }
   return Step(f"{name}/distil", distil, reads, {"student": "student", "log": "distil.jsonl"}, {"settings": settings})
 
 
-def _sources(config: Config) -> dict[str, str]:
-  return {"train": config.prompts.train, "heldout": config.prompts.heldout}
+def _teacher_files(config: Config) -> dict[str, Path]:
+  """Files that a teacher's verdicts depend on."""
+  return _files({f"plugin_{index}": source for index, source in enumerate(config.teacher.plugins)})
+
+
+def _files(sources: Mapping[str, str | None]) -> dict[str, Path]:
+  """Those of the sources that are files, and so can be recorded and verified."""
+  return {name: Path(source) for name, source in sources.items() if source and Path(source).is_file()}
