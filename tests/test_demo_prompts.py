@@ -119,7 +119,8 @@ def test_some_answer_satisfies_every_row():
     number = " 7" if "include_number" in checks else ""
     steps = checks.get("numbered_list", {}).get("count", 0)
     items = "".join(f"\n{number}. go" for number in range(1, steps + 1))
-    answer = f"{words}{number}{items}?"
+    filler = " and so on" * (checks.get("min_words", {}).get("limit", 0) // 3 + 1)
+    answer = f"{words}{number}{filler}{items}?"
     assert failed(answer, row["checks"]) == [], (text(row), answer)
 
 

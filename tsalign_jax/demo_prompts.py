@@ -150,6 +150,10 @@ INSTRUCTIONS = {
     lambda rng, activity: {"limit": rng.choice((20, 25, 30, 35))},
     ("Use at most {limit} words.", "Answer in {limit} words or fewer.", "Do not go over {limit} words."),
   ),
+  "min_words": Instruction(
+    lambda rng, activity: {"limit": rng.choice((15, 20, 25))},
+    ("Use at least {limit} words.", "Answer in {limit} words or more.", "Do not write less than {limit} words."),
+  ),
   "max_sentences": Instruction(
     lambda rng, activity: {"limit": rng.choice((1, 2))},
     ("Use at most {limit} sentence{s}.", "Write no more than {limit} sentence{s}."),
@@ -180,8 +184,12 @@ INSTRUCTIONS = {
   ),
 }
 
-# A list has a sentence in each item, and numbers of its own.
-_CONFLICTS = ({"max_sentences", "numbered_list"}, {"include_number", "numbered_list"})
+# A list has a sentence in each item, and numbers of its own; one limit of words a prompt.
+_CONFLICTS = (
+  {"max_sentences", "numbered_list"},
+  {"include_number", "numbered_list"},
+  {"min_words", "max_words"},
+)
 
 
 def activities(*, heldout: bool) -> list[Activity]:
