@@ -1,5 +1,7 @@
 """Whole runs on tiny models: the files they leave, resuming, refusing, and eight devices against one."""
 
+import contextlib
+import fcntl
 import json
 import math
 import os
@@ -13,7 +15,8 @@ import jax
 import pyarrow.parquet as pq
 import pytest
 import tiny
-import yaml
+import torch
+import transformers
 from rich.console import Console
 
 from tsalign_jax.config import load_config
@@ -153,8 +156,6 @@ def copy_of(setting, tmp_path):
 
 def test_changed_configuration_is_named_and_refused(setting, tmp_path):
   settings = copy_of(setting, tmp_path)
-  stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) | {"run": str(tmp_path / "run")}
-  (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(stored))
   changed = settings.model_copy(update={"align": settings.align.model_copy(update={"beta": 0.7})})
   with pytest.raises(UserError, match=r"align.beta: this run folder was made with 0.1, the configuration now says 0.7"):
     run(changed, QUIET)
@@ -162,8 +163,6 @@ def test_changed_configuration_is_named_and_refused(setting, tmp_path):
 
 def test_damaged_artifact_is_named_and_refused(setting, tmp_path):
   settings = copy_of(setting, tmp_path)
-  stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) | {"run": str(tmp_path / "run")}
-  (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(stored))
   victim = tmp_path / "run" / "round_01" / "scores.parquet"
   content = bytearray(victim.read_bytes())
   content[len(content) // 2] ^= 1
@@ -173,3 +172,73 @@ def test_damaged_artifact_is_named_and_refused(setting, tmp_path):
   victim.unlink()
   with pytest.raises(UserError, match=r"scores.parquet: missing, although stage round_01/score wrote it"):
     run(settings, QUIET)
+
+
+def test_decoder_student_adapters_stacked_layers_and_initial_reference(tmp_path):
+  """The other side of every choice that the other runs make, over eight devices, stopped in the middle of training."""
+  config = tiny.run_config(tmp_path)
+  tiny.decoder("qwen2", tmp_path / "student", reward=True)
+  tiny.tokenizer(tmp_path / "student")
+  overrides = ["rounds=1", "mesh.fsdp=4", "mesh.tensor=2", "student.warm_start=null", "policy.layout=stacked"]
+  overrides += ["student.layout=stacked", "policy.remat=true", "align.reference=initial", "align.lora.rank=2"]
+  settings = load_config(config, overrides)
+  with pytest.raises(Stop):
+    run(settings, stopping_at("round_01/align", 3))
+  assert (tmp_path / "run" / "round_01" / "align.partial" / "steps" / "2").is_dir()
+  run(settings, QUIET)
+  undisturbed = load_config(config, [*overrides, f"run={tmp_path / 'undisturbed'}"])
+  run(undisturbed, QUIET)
+  assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "undisturbed")
+  assert (tmp_path / "run/round_01/align.jsonl").read_text() == (
+    tmp_path / "undisturbed/round_01/align.jsonl"
+  ).read_text()
+
+
+class Stop(Exception):
+  """Raised out of a progress display, to stop a run at a known point."""
+
+
+def stopping_at(stage: str, steps: int):
+  """Progress displays of which that of one stage raises after so many steps."""
+
+  def progress_of(name):
+    @contextlib.contextmanager
+    def display(total, unit):
+      done = 0
+
+      def advance(amount, note=""):
+        nonlocal done
+        done += amount
+        if name == stage and done >= steps:
+          raise Stop
+
+      yield advance
+
+    return display
+
+  return progress_of
+
+
+def test_exported_policy_and_student_load_in_transformers(setting, tmp_path):
+  folder, _ = setting
+  for arguments in ([], ["--student"]):
+    out = tmp_path / ("student" if arguments else "policy")
+    command = [sys.executable, "-m", "tsalign_jax.cli", "export", folder / "run", out, "--dtype", "float32", *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+  policy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+  row = pq.read_table(folder / "run" / "round_02" / "answers.parquet").to_pylist()[0]
+  prompt = pq.read_table(folder / "run" / "round_00" / "heldout_prompts.parquet").to_pylist()[0]
+  assert prompt["prompt_id"] == row["prompt_id"]
+  logits = policy(torch.tensor([prompt["tokens"] + row["tokens"]])).logits[0, len(prompt["tokens"]) - 1 : -1]
+  logp = torch.log_softmax(logits, -1).gather(1, torch.tensor(row["tokens"])[:, None]).sum().item()
+  assert logp == pytest.approx(row["logprob"], abs=1e-3)
+  student = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
+  assert student.config.num_labels == 1
+
+
+def test_two_processes_in_one_folder_are_refused(setting):
+  folder, config = setting
+  with (folder / "run" / ".lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another process is running in this folder"):
+      run(load_config(config), QUIET)

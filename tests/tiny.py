@@ -161,6 +161,7 @@ def run_config(folder: pathlib.Path, **changes) -> pathlib.Path:
       "train": str(folder / "train.jsonl"),
       "heldout": str(folder / "heldout.jsonl"),
       "per_round": 8,
+      "max_tokens": 60,
     },
     "sampling": {"responses": 4, "max_new_tokens": 12, "batch_prompts": 4},
     "align": {"learning_rate": 1e-3, "batch_size": 4, "microbatch": 2, "epochs": 4, "checkpoint_every": 2},

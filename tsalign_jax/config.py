@@ -17,6 +17,7 @@ Dtype = Literal["float32", "bfloat16"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Ways = Literal[-1] | Count
 LinearMap = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -32,7 +33,7 @@ class Model(Section):
   path: Path
   """The folder: config.json, safetensors, tokenizer."""
   param_dtype: Dtype = "float32"
-  """How parameters are stored and updated."""
+  """How parameters are stored; what is trained is float32 while it trains."""
   dtype: Dtype = "bfloat16"
   """How activations and matrix products are computed (sums are always float32)."""
   layout: Literal["auto", "stacked", "unrolled"] = "auto"
@@ -79,7 +80,7 @@ class Prompts(Section):
   max_tokens: Count = 1024
   """Longest prompt in policy tokens, chat template included; longer ones are dropped, counted and listed."""
   per_round: Count | None = None
-  """How many training prompts each round takes, in a shuffled order without repeats; null takes all of them."""
+  """How many training prompts each round takes, in a shuffled order that starts over at its end; null: all."""
   heldout_limit: Count | None = None
   """How many held-out prompts are used: the first so many of the file; null uses all."""
 
@@ -209,11 +210,11 @@ class Evaluation(Section):
 class Mesh(Section):
   """Devices along each mesh axis; one of them may be -1: whatever is left."""
 
-  data: int = 1
-  """Copies of the parameters; across slices this is the axis that crosses the slower network."""
-  fsdp: int = -1
+  data: Ways = 1
+  """Copies of the parameters; batches are split over them."""
+  fsdp: Ways = -1
   """Ways in which parameters and batches are split together."""
-  tensor: int = 1
+  tensor: Ways = 1
   """Ways in which heads, hidden units and vocabulary are split."""
 
 
@@ -222,7 +223,7 @@ class Config(Section):
 
   run: Path
   """The run folder: everything the run writes. The same command on the same folder continues."""
-  seed: int = 0
+  seed: Annotated[int, Field(ge=0)] = 0
   """Everything random is derived from it and from each item's own index."""
   rounds: Count = 2
   """Rounds; a finished run may be continued with more."""
@@ -257,8 +258,8 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
   if not file.is_file():
     raise UserError(f"{file}: there is no such configuration file")
   try:
-    content = yaml.safe_load(file.read_text()) or {}
-  except yaml.YAMLError as error:
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+  except (yaml.YAMLError, UnicodeDecodeError) as error:
     raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
   if not isinstance(content, dict):
     raise UserError(f"{file}: a configuration is a mapping of keys to values, this is a {type(content).__name__}")
@@ -293,10 +294,15 @@ def _override(content: dict, override: str) -> None:
     raise UserError(f"{override!r}: an override is key=value, such as align.beta=0.2")
   *sections, last = key.split(".")
   for section in sections:
-    content = content.setdefault(section, {})
+    if content.get(section) is None:
+      content[section] = {}
+    content = content[section]
     if not isinstance(content, dict):
       raise UserError(f"{key}: {section} is a value, not a section")
-  content[last] = yaml.safe_load(value)
+  try:
+    content[last] = yaml.safe_load(value)
+  except yaml.YAMLError as error:
+    raise UserError(f"{override!r}: {value!r} is not a YAML value") from error
 
 
 def _explain(error: dict) -> str:

@@ -8,7 +8,6 @@ from tsalign_jax.models.hf import save_params
 from tsalign_jax.models.loading import language_model, reward_model
 from tsalign_jax.parallel.mesh import make_mesh
 from tsalign_jax.recipes.ts_align import round_name
-from tsalign_jax.training.checkpoints import load_tree
 from tsalign_jax.types import UserError
 
 
@@ -27,9 +26,8 @@ def export_model(run: Path, out: Path, *, round: int | None, student: bool, dtyp
     raise UserError(f"{run}: round {number} is not finished; finished rounds: {finished or 'none'}")
   config = load_config(run / "config.yaml")
   model = reward_model(config.student) if student else language_model(config.policy)
-  mesh = make_mesh(**config.mesh.model_dump())
-  folder = run / round_name(number) / ("student" if student else "policy")
-  params = load_tree(folder, model.skeleton.abstract(mesh, model.param_dtype))
+  # All devices of this machine, which need not be the one that the run was made on.
+  params = model.restore(run / round_name(number) / ("student" if student else "policy"), make_mesh())
   unfinished = out.with_name(out.name + ".unfinished")
   save_params(params, model.skeleton, model.config, model.folder, unfinished, dtype=dtype)
   unfinished.rename(out)

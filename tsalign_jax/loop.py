@@ -11,11 +11,12 @@ from pathlib import Path
 
 import yaml
 
-from tsalign_jax.config import Config, changed_keys, dump_config
+from tsalign_jax.config import Config, changed_keys, dump_config, load_config
 from tsalign_jax.data.chat import Chat, load_tokenizer
 from tsalign_jax.data.files import read_preferences, read_prompts
 from tsalign_jax.manifest import Manifest, fingerprint, write_json
-from tsalign_jax.models.config import read_config
+from tsalign_jax.models.config import DecoderConfig, read_config
+from tsalign_jax.models.hf import WeightFiles
 from tsalign_jax.models.loading import policy_config
 from tsalign_jax.parallel.mesh import make_mesh
 from tsalign_jax.recipes.ts_align import Step, round_name, ts_align
@@ -75,8 +76,8 @@ def _execute(step: Step, config: Config, mesh, manifest: Manifest, progress: Pro
   shutil.rmtree(out, ignore_errors=True)
   out.mkdir(parents=True)
   partial.mkdir(exist_ok=True)
-  reads = {manifest.name(path): fingerprint(path) for path in step.reads.values()}
-  _check_same_inputs(step.name, partial / "inputs.json", reads)
+  reads = {role: fingerprint(path) for role, path in step.reads.items()}
+  _check_same_inputs(step, partial / "inputs.json", reads)
   writes = {name: out / file for name, file in step.writes.items()}
   counts = step.stage(Job(step.name, step.reads, writes, partial, step.options, config, mesh, progress))
   final = {name: folder / file for name, file in step.writes.items()}
@@ -86,7 +87,7 @@ def _execute(step: Step, config: Config, mesh, manifest: Manifest, progress: Pro
     path.replace(final[name])
   entry = {
     "reads": reads,
-    "writes": {manifest.name(path): fingerprint(path) for path in final.values()},
+    "writes": {str(path.relative_to(config.run)): fingerprint(path) for path in final.values()},
     "seconds": time.monotonic() - started,  # of the attempt that finished
     "counts": counts,
   }
@@ -105,21 +106,29 @@ def _clean(run: Path, step: Step) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_same_inputs(stage: str, file: Path, reads: dict[str, str]) -> None:
+def _check_same_inputs(step: Step, file: Path, reads: dict[str, str]) -> None:
   """A stage that was stopped continues only from the inputs that it began with."""
   before = json.loads(file.read_text()) if file.exists() else reads
-  for path, digest in reads.items():
-    if before.get(path) != digest:
-      raise UserError(f"{path}: changed while stage {stage} was half done; restore it, or start a new run folder")
+  for role, digest in reads.items():
+    if before.get(role) != digest:
+      path = step.reads[role]
+      raise UserError(f"{path}: changed while stage {step.name} was half done; restore it, or start a new run folder")
   write_json(file, reads)
 
 
 def _check_inputs(config: Config) -> None:
   """Everything that can be wrong with models and files, before a device is touched or anything is written."""
-  policy_config(config.policy)
+  policy, student = policy_config(config.policy), read_config(config.student.path)
   Chat.load(config.policy.path)
-  student = read_config(config.student.path)
-  load_tokenizer(config.student.path)
+  longest = config.prompts.max_tokens + config.sampling.max_new_tokens
+  if longest > policy.max_tokens:
+    raise UserError(
+      f"prompts.max_tokens + sampling.max_new_tokens = {longest}, but {config.policy.path} has positions for "
+      f"{policy.max_tokens} tokens; lower one of them"
+    )
+  (Chat.load if isinstance(student, DecoderConfig) else load_tokenizer)(config.student.path)
+  for folder in (config.policy.path, config.student.path):
+    WeightFiles(folder)
   if config.student.warm_start is None and not student.reward_head:
     raise UserError(f"student.path: {config.student.path} has no reward head; set student.warm_start to train one")
   teacher = build_teacher(config.teacher)
@@ -133,9 +142,9 @@ def _check_config(config: Config) -> None:
   """The run folder's configuration is this one, but for keys that may grow; a new folder gets this one."""
   file = config.run / "config.yaml"
   if file.exists():
-    before, now = yaml.safe_load(file.read_text()), yaml.safe_load(dump_config(config))
+    before, now = (yaml.safe_load(dump_config(each)) for each in (load_config(file), config))
     for key, old, new in changed_keys(before, now):
-      if key not in EXTENSIBLE or new < old:
+      if key != "run" and (key not in EXTENSIBLE or new < old):
         raise UserError(
           f"{key}: this run folder was made with {old!r}, the configuration now says {new!r}; "
           f"put {old!r} back, or choose another run folder than {config.run}"

@@ -3,13 +3,16 @@
 import functools
 import hashlib
 import json
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tsalign_jax.types import UserError
 
-Entry = dict[str, Any]  # {"reads": {path: hash}, "writes": {path: hash}, "seconds": float, "counts": {...}}
+# {"reads": {role: hash}, "writes": {path in the run folder: hash}, "seconds": float, "counts": {...}}
+Entry = dict[str, Any]
 
 
 class Manifest:
@@ -35,17 +38,11 @@ class Manifest:
         raise UserError(
           f"{where}: changed or damaged since stage {stage} wrote it; restore it, or start a new run folder"
         )
-    for path in reads.values():
-      name = self.name(path)
-      if entry["reads"].get(name) != fingerprint(path):
+    for role, path in reads.items():
+      if entry["reads"].get(role) != fingerprint(path):
         raise UserError(
           f"{path}: changed since stage {stage} read it; restore it, or start a new run folder for the new input"
         )
-
-  def name(self, path: Path) -> str:
-    """How the manifest calls a path: relative to the run folder where it lies inside."""
-    path, run = Path(path).absolute(), self.run.absolute()
-    return str(path.relative_to(run)) if path.is_relative_to(run) else str(path)
 
 
 def fingerprint(path: Path) -> str:
@@ -70,7 +67,18 @@ def _file_digest(file: Path, size: int, modified: int) -> str:
 
 
 def write_json(file: Path, content: Any) -> None:
-  """Writes JSON; the file appears whole or not at all."""
+  """Writes JSON; the file appears whole or not at all, and is on disk before this returns. NaN becomes null."""
   temporary = file.with_name(file.name + ".tmp")
-  temporary.write_text(json.dumps(content, indent=2, allow_nan=True) + "\n")
+  with temporary.open("w") as out:
+    out.write(json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
+    out.flush()
+    os.fsync(out.fileno())
   temporary.replace(file)
+
+
+def _without_nan(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {key: _without_nan(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_without_nan(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}
 Conversation = list[Message]
@@ -110,6 +110,3 @@ class Rollout(NamedTuple):
   text: str
   logprob: float
   finish: Finish
-
-
-Scores = Float[np.ndarray, "batch k"]

@@ -33,9 +33,15 @@ def test_at_most_one_bos_whatever_the_template_writes(bos, tmp_path):
 
 def test_response_of_a_file_ends_with_the_end_token(tmp_path):
   chat = chat_of(tmp_path)
-  prompt, response = chat.conversation_tokens(HELLO, "the dog")
-  assert prompt == chat.prompt_tokens(HELLO)
-  assert chat.tokenizer.convert_ids_to_tokens(response) == ["the", "dog", "<end>"]
+  assert chat.tokenizer.convert_ids_to_tokens(chat.response_tokens("the dog")) == ["the", "dog", "<end>"]
+
+
+def test_the_token_that_ends_a_turn_comes_from_the_template(tmp_path):
+  """As with Gemma, whose end-of-sequence token is not what ends an answer."""
+  chat = chat_of(tmp_path, template=tiny.TEMPLATE.replace("<end>", "<system>"))
+  turn, end = chat.tokenizer.convert_tokens_to_ids(["<system>", "<end>"])
+  assert chat.stop_tokens == (turn, end)
+  assert chat.response_tokens("the dog")[-1] == turn
 
 
 def test_end_tokens_come_from_every_place_that_names_them(tmp_path):
@@ -46,7 +52,7 @@ def test_end_tokens_come_from_every_place_that_names_them(tmp_path):
 
 def test_text_has_no_special_tokens(tmp_path):
   chat = chat_of(tmp_path)
-  assert chat.text(chat.conversation_tokens(HELLO, "the dog")[1]) == "the dog"
+  assert chat.text(chat.response_tokens("the dog")) == "the dog"
 
 
 def test_folder_without_tokenizer_is_refused(tmp_path):

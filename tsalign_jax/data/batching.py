@@ -36,6 +36,8 @@ def make_branches(
   make_branches([[7, 8]], [[[4], [4, 5]]], 3, 2) has trunk [[0, 7, 8]] and branches [[[4, 0], [4, 5]]].
   """
   k = len(branches[0])
+  if any(len(row) != k for row in branches):
+    raise ValueError(f"every prompt of a batch has the same number of responses, but here {set(map(len, branches))}")
   flat = [tokens for row in branches for tokens in row]
   return Branches(
     trunk=pad_left(trunks, prompt),

@@ -44,12 +44,9 @@ class Chat:
       raise UserError(f"the chat template refuses the prompt that begins {start!r}: {error}") from error
     return self._one_bos(self.tokenizer.encode(text, add_special_tokens=False))
 
-  def conversation_tokens(self, messages: Conversation, response: str) -> tuple[list[int], list[int]]:
-    """Tokens of the prompt and of a response that the model did not sample, the end token included."""
-    return self.prompt_tokens(messages), [
-      *self.tokenizer.encode(response, add_special_tokens=False),
-      self.stop_tokens[0],
-    ]
+  def response_tokens(self, response: str) -> list[int]:
+    """Tokens of a response that the model did not sample, with the token that ends a turn."""
+    return [*self.tokenizer.encode(response, add_special_tokens=False), self.stop_tokens[0]]
 
   def text(self, tokens: Sequence[int]) -> str:
     """What a person reads: without special tokens and surrounding space."""
@@ -76,9 +73,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
   return AutoTokenizer.from_pretrained(folder)
 
 
+def _turn_end(tokenizer) -> int | None:
+  """The special token that the chat template writes after an answer, such as Gemma's <end_of_turn>."""
+  answer = "an answer"
+  turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
+  whole = tokenizer.apply_chat_template(turns, tokenize=False)
+  tail = tokenizer.encode(whole[whole.rindex(answer) + len(answer) :], add_special_tokens=False)
+  return next((token for token in tail if token in tokenizer.all_special_ids), None)
+
+
 def _stop_tokens(folder: Path, tokenizer) -> tuple[int, ...]:
   """End tokens, the one that ends a chat turn first: of the tokenizer, the generation config and the config."""
-  found = [tokenizer.eos_token_id]
+  found = [_turn_end(tokenizer), tokenizer.eos_token_id]
   for file in ("generation_config.json", "config.json"):
     if (folder / file).is_file():
       value = json.loads((folder / file).read_text()).get("eos_token_id")

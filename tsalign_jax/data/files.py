@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tsalign_jax.types import Conversation, PreferencePair, Prompt, UserError
@@ -25,7 +26,10 @@ def read_prompts(source: str) -> list[Prompt]:
     messages = conversation(row["prompt"], where)
     if messages[-1]["role"] != "user":
       raise UserError(f"{where}: the prompt must end with a user turn, this one ends with {messages[-1]['role']!r}")
-    prompts.append(Prompt(index, messages, tuple(row.get("checks") or ())))
+    checks = row.get("checks") or []
+    if not isinstance(checks, list):
+      raise UserError(f"{where}: `checks` is a list of {{name: ..., ...}}, this one is {checks!r}")
+    prompts.append(Prompt(index, messages, tuple(checks)))
   if not prompts:
     raise UserError(f"{source}: there is no row in it")
   return prompts
@@ -37,7 +41,7 @@ def read_preferences(source: str) -> list[PreferencePair]:
   for index, row in enumerate(read_rows(source)):
     where = f"{source}: row {index + 1}"
     for key in ("chosen", "rejected"):
-      if not row.get(key):
+      if key not in row:
         raise UserError(f"{where}: no `{key}`; its keys are {', '.join(row)}")
     pairs.append(_preference(row, where))
   if not pairs:
@@ -53,13 +57,16 @@ def read_rows(source: str) -> Iterator[dict[str, Any]]:
   if path.suffix == ".jsonl":
     return _read_jsonl(path)
   if path.suffix == ".parquet":
-    return iter(pq.read_table(path).to_pylist())
+    return _read_parquet(path)
   name, at, split = source.partition("@")
   if not at:
     raise UserError(f"{source}: give a .jsonl or .parquet file, or a dataset as NAME@SPLIT")
   import datasets  # takes a second to import, and most runs read files
 
-  return iter(datasets.load_dataset(name, split=split))
+  try:
+    return iter(datasets.load_dataset(name, split=split))
+  except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    raise UserError(f"{source}: `datasets` cannot load it ({str(error).splitlines()[0]})") from error
 
 
 def conversation(value: Any, where: str) -> Conversation:
@@ -79,26 +86,40 @@ def conversation(value: Any, where: str) -> Conversation:
 
 def _preference(row: dict, where: str) -> PreferencePair:
   chosen, rejected = row["chosen"], row["rejected"]
-  if "prompt" in row:
-    return PreferencePair(conversation(row["prompt"], where), _response(chosen, where), _response(rejected, where))
-  if isinstance(chosen, str) or chosen[:-1] != rejected[:-1] or len(chosen) < 2:
-    raise UserError(f"{where}: no `prompt`, and chosen and rejected are not conversations that share all but the end")
-  return PreferencePair(
-    conversation(chosen[:-1], where), _response(chosen[-1:], where), _response(rejected[-1:], where)
-  )
+  whole = all(isinstance(side, list) and len(side) > 1 for side in (chosen, rejected))
+  if whole:  # two conversations that differ in their last turn; a `prompt` beside them only repeats their start
+    if chosen[:-1] != rejected[:-1]:
+      raise UserError(f"{where}: chosen and rejected are conversations that differ before their last turn")
+    return PreferencePair(
+      conversation(chosen[:-1], where), _response(chosen[-1:], where), _response(rejected[-1:], where)
+    )
+  if "prompt" not in row:
+    raise UserError(f"{where}: no `prompt`, and chosen and rejected are not conversations that begin with one")
+  return PreferencePair(conversation(row["prompt"], where), _response(chosen, where), _response(rejected, where))
 
 
 def _response(value: Any, where: str) -> str:
   if isinstance(value, str):
     return value
-  if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and "content" in value[0]:
-    return value[0]["content"]
+  if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+    content = value[0].get("content")
+    if isinstance(content, str):
+      return content
   raise UserError(f"{where}: a response is text or one assistant message, this one is {value!r}")
 
 
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+  try:
+    return iter(pq.read_table(path).to_pylist())
+  except (pa.ArrowInvalid, OSError) as error:
+    raise UserError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]})") from error
+
+
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-  with path.open() as lines:
+  with path.open(encoding="utf-8", errors="surrogateescape") as lines:
     for number, line in enumerate(lines, 1):
+      if any("\udc80" <= character <= "\udcff" for character in line):
+        raise UserError(f"{path}: line {number} is not UTF-8 text; save the file as UTF-8")
       if not line.strip():
         continue
       try:

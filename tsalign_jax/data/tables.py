@@ -1,11 +1,14 @@
 """The tables of a run folder: parquet files with one fixed schema each."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from tsalign_jax.types import Prompt
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
@@ -87,6 +90,11 @@ def read_table(path: Path, *, used_only: bool = False) -> Rows:
   """The rows of a table; with `used_only`, those without a reason to be dropped."""
   rows = pq.read_table(path).to_pylist()
   return [row for row in rows if row["dropped"] is None] if used_only else rows
+
+
+def to_prompt(row: dict[str, Any]) -> Prompt:
+  """The prompt of a row of the prompts table."""
+  return Prompt(row["prompt_id"], row["prompt"], tuple(json.loads(row["checks"])))
 
 
 def by_prompt(rows: Rows) -> dict[int, Rows]:

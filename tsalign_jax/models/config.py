@@ -135,6 +135,8 @@ def read_config(folder: Path) -> ModelConfig:
     known = ", ".join(sorted(DECODERS | ENCODERS))
     raise UserError(f"{folder}: architecture {architecture} is not supported; known are {known}")
   source = AutoConfig.from_pretrained(folder)
+  if getattr(source, "quantization_config", None):
+    raise UserError(f"{folder}: its weights are quantised; use the folder with the original weights")
   reward = architecture.endswith("ForSequenceClassification")
   if reward and source.num_labels != 1:
     raise UserError(f"{folder}: a reward model has one label, this {architecture} has {source.num_labels}")

@@ -9,6 +9,7 @@ from tsalign_jax.models.decoder import Decoder, Layout
 from tsalign_jax.models.encoder import Encoder
 from tsalign_jax.models.layers import ACTIVATIONS, LayerNorm, Linear
 from tsalign_jax.ops.attention import TrunkAndBranches, flatten
+from tsalign_jax.ops.einsum import wide_dot
 from tsalign_jax.types import Branches
 
 
@@ -27,7 +28,7 @@ class LanguageModel(nnx.Module):
 
   def logits(self, hidden: Float[Array, "*batch embed"], head: Float[Array, "embed vocab"]):
     """Next-token logits in float32, soft-capped where the model is."""
-    return softcap(jnp.dot(hidden, head, preferred_element_type=jnp.float32), self.config.logit_softcap)
+    return softcap(wide_dot(hidden, head), self.config.logit_softcap)
 
 
 class DecoderRewardModel(nnx.Module):

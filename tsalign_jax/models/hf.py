@@ -1,6 +1,7 @@
-"""Hugging Face folders in and out: safetensors, streamed one tensor at a time, each device reading its part."""
+"""Hugging Face folders in and out: safetensors, streamed one tensor at a time."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -153,10 +154,11 @@ def _reader(files: WeightFiles, names: list[str], spec: ParamSpec, dtype):
   shape = spec.shape[1:] if spec.stacked else spec.shape
 
   def whole(name: str) -> np.ndarray:
+    stored, wanted = tuple(files.slice(name).get_shape()), _hf_shape(name, shape, spec.inputs)
+    if stored != wanted:
+      raise UserError(f"{files.folder}: {name} has shape {stored}, its config.json asks for {wanted}")
     array = files.slice(name)[:]
     array = array.T if spec.inputs is not None else array
-    if array.size != np.prod(shape):
-      raise UserError(f"{files.folder}: {name} has shape {array.shape}, its config.json asks for {shape}")
     return np.asarray(array.reshape(shape), dtype)
 
   def read(index):
@@ -165,6 +167,12 @@ def _reader(files: WeightFiles, names: list[str], spec: ParamSpec, dtype):
     return np.stack([whole(name)[index[1:]] for name in names[index[0]]])
 
   return read
+
+
+def _hf_shape(name: str, shape: tuple[int, ...], inputs: int | None) -> tuple[int, ...]:
+  if inputs is not None:
+    return math.prod(shape[inputs:]), math.prod(shape[:inputs])
+  return (math.prod(shape),) if name.endswith((".bias", ".beta")) else shape
 
 
 def save_params(params: Params, skeleton: Skeleton, config: ModelConfig, source: Path, target: Path, *, dtype):

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tsalign_jax.models.config import Rope
+from tsalign_jax.ops.einsum import wide_dot
 
 ACTIVATIONS: Mapping[str, Callable] = {
   "silu": jax.nn.silu,
@@ -50,7 +51,7 @@ def _contract(x, kernel, inputs: int):
   # As one plain matrix product: that is what CPUs have a fast bfloat16 path for.
   batch = x.shape[: x.ndim - inputs]
   matrix = kernel.astype(x.dtype).reshape(math.prod(kernel.shape[:inputs]), -1)
-  product = jnp.dot(x.reshape(*batch, -1), matrix, preferred_element_type=jnp.float32)
+  product = wide_dot(x.reshape(*batch, -1), matrix)
   return product.astype(x.dtype).reshape(*batch, *kernel.shape[inputs:])
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 
 import jax
@@ -9,11 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tsalign_jax import config as settings
+from tsalign_jax.models.checkpoints import load_tree, saved_names
 from tsalign_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig, read_config
 from tsalign_jax.models.decoder import Layout
-from tsalign_jax.models.functional import Skeleton
+from tsalign_jax.models.functional import Params, Skeleton
 from tsalign_jax.models.heads import DecoderRewardModel, EncoderRewardModel, LanguageModel
-from tsalign_jax.models.hf import load_params
+from tsalign_jax.models.hf import layer_paths, load_params
 from tsalign_jax.types import UserError
 
 
@@ -27,6 +29,7 @@ class ModelHandle:
   remat: bool
   dtype_name: str
   param_dtype_name: str
+  fresh_head: bool = False  # the folder has no reward head, so a new one is initialised
 
   @property
   def dtype(self):
@@ -43,10 +46,43 @@ class ModelHandle:
     """The module without arrays."""
     return _skeleton(self.config, self.layout)
 
-  def load(self, mesh: Mesh, *, fresh_key=None) -> dict[str, jax.Array]:
-    """The folder's parameters on the mesh; a missing head is initialised from `fresh_key`."""
-    params, _ = load_params(self.folder, self.skeleton, self.config, mesh, dtype=self.param_dtype, fresh_key=fresh_key)
+  def load(self, mesh: Mesh, *, head_key: jax.Array | None = None) -> dict[str, jax.Array]:
+    """The folder's parameters on the mesh; `head_key` initialises a reward head that the folder does not have."""
+    key = head_key if self.fresh_head else None
+    params, _ = load_params(self.folder, self.skeleton, self.config, mesh, dtype=self.param_dtype, fresh_key=key)
     return params
+
+  def restore(self, checkpoint: Path, mesh: Mesh) -> dict[str, jax.Array]:
+    """The parameters of a run's checkpoint, whichever layout of layers it was written in."""
+    if saved_names(checkpoint) == set(self.skeleton.specs):
+      return load_tree(checkpoint, self.skeleton.abstract(mesh, self.param_dtype))
+    other = dataclasses.replace(self, layout="stacked" if self.layout == "unrolled" else "unrolled").skeleton
+    params = load_tree(checkpoint, other.abstract(mesh, self.param_dtype))
+    return change_layout(params, self.skeleton, mesh)
+
+  def stored(self, params: Params) -> dict[str, jax.Array]:
+    """Trained parameters in the dtype in which they are kept."""
+    return {name: array.astype(self.param_dtype) for name, array in params.items()}
+
+
+def wide(params: Params) -> dict[str, jax.Array]:
+  """Parameters in float32, as they are while they are trained: small steps are lost in bfloat16."""
+  return {name: array.astype(jnp.float32) for name, array in params.items()}
+
+
+def change_layout(params: Params, skeleton: Skeleton, mesh: Mesh) -> dict[str, jax.Array]:
+  """Parameters of unrolled layers stacked, or of stacked layers apart: as `skeleton` has them."""
+  placed, out = skeleton.shardings(mesh), {}
+  for path, spec in skeleton.specs.items():
+    stacked = re.sub(r"\.layers\.(\d+)\.", ".layers.", path)
+    if spec.stacked:
+      array = jnp.stack([params[layer] for layer in layer_paths(path, spec)])
+    elif stacked != path:
+      array = params[stacked][int(re.search(r"\.layers\.(\d+)\.", path)[1])]
+    else:
+      array = params[path]
+    out[path] = jax.device_put(array, placed[path])
+  return out
 
 
 @functools.lru_cache(maxsize=16)
@@ -72,11 +108,12 @@ def language_model(model: settings.Model) -> ModelHandle:
 
 def reward_model(model: settings.Model) -> ModelHandle:
   """The handle of a reward model; a folder without a reward head gets a fresh one when it is loaded."""
-  return _handle(model, dataclasses.replace(read_config(model.path), reward_head=True))
+  config = read_config(model.path)
+  return _handle(model, dataclasses.replace(config, reward_head=True), fresh_head=not config.reward_head)
 
 
-def _handle(model: settings.Model, config: ModelConfig) -> ModelHandle:
+def _handle(model: settings.Model, config: ModelConfig, *, fresh_head: bool = False) -> ModelHandle:
   layout = model.layout
   if layout == "auto":
     layout = "unrolled" if jax.default_backend() == "cpu" or isinstance(config, EncoderConfig) else "stacked"
-  return ModelHandle(Path(model.path), config, layout, model.remat, model.dtype, model.param_dtype)
+  return ModelHandle(Path(model.path), config, layout, model.remat, model.dtype, model.param_dtype, fresh_head)

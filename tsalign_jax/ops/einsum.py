@@ -5,6 +5,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+def wide_dot(
+  x: Float[Array, "*batch inputs"], matrix: Float[Array, "inputs outputs"]
+) -> Float[Array, "*batch outputs"]:
+  """x @ matrix with a float32 result. Products of float32 arrays are float32 everywhere, also on TPU and GPU."""
+  return jnp.dot(x, matrix, preferred_element_type=jnp.float32, precision=_precision(x))
+
+
+def _precision(array):
+  return jax.lax.Precision.HIGHEST if array.dtype == jnp.float32 else None
+
+
 def wide_einsum(equation: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
   """einsum of bfloat16 or float32 arrays with a float32 result.
 
@@ -13,7 +24,7 @@ def wide_einsum(equation: str, a: Float[Array, "..."], b: Float[Array, "..."]) -
   """
 
   def direct(a, b):
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32, precision=_precision(a))
 
   def widened(a, b):
     return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32))

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tsalign_jax.ops.einsum import wide_dot
+
 
 def token_logprobs(
   hidden: Float[Array, "tokens embed"],
@@ -27,7 +29,7 @@ def token_logprobs(
 
   @jax.checkpoint
   def of_chunk(hidden, targets):
-    logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
+    logits = wide_dot(hidden, head)
     if softcap is not None:
       logits = softcap * jnp.tanh(logits / softcap)
     # A masked sum and not a gather: it stays local where the vocabulary is sharded, and its gradient is no scatter.

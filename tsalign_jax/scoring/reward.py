@@ -2,6 +2,7 @@
 
 import abc
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from tsalign_jax.models.config import EncoderConfig
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.loading import ModelHandle
 from tsalign_jax.parallel.mesh import batch_ways, put_batch
-from tsalign_jax.types import Conversation, Scores
+from tsalign_jax.types import Conversation, UserError
 
 WIDTH_MULTIPLE = 16  # row widths are rounded up to it, which bounds the number of compilations
 
@@ -76,21 +77,24 @@ class RewardEngine(abc.ABC):
 
   def score(self, params: Params, items: Sequence[Encoded]) -> Iterator[tuple[int, list[float]]]:
     """(index of the item, its scores), shortest items first, so that a batch holds little padding."""
-    units = sorted(self._units(items), key=lambda unit: unit[2].width)
     parts: dict[int, dict[int, float]] = {}
-    for start in range(0, len(units), self.rows):
-      group = units[start : start + self.rows]
+    for group in self._groups(items):
       batch = self.collate([item for *_, item in group] + [group[0][2]] * (self.rows - len(group)))
       scores = np.asarray(self.program(params, put_batch(batch, self.mesh)))
+      if not np.isfinite(scores).all():
+        raise UserError(f"{self.model.folder}: the student's scores are not finite; use dtype float32, or retrain it")
       for (index, first, _), row in zip(group, scores, strict=False):
         got = parts.setdefault(index, {})
         got |= {first + offset: float(score) for offset, score in enumerate(row)}
         if len(got) == len(items[index].responses):
           yield index, [got[k] for k in range(len(got))]
 
-  def score_all(self, params: Params, items: Sequence[Encoded]) -> Scores:
-    """Scores of all items as an array, in their order."""
-    return np.asarray([scores for _, scores in sorted(self.score(params, items))])
+  def _groups(self, items: Sequence[Encoded]) -> Iterator[list[tuple[int, int, Encoded]]]:
+    """Units that make a batch: of like width, and with the same number of responses."""
+    units = sorted(self._units(items), key=lambda unit: (len(unit[2].responses), unit[2].width))
+    for _, alike in itertools.groupby(units, key=lambda unit: len(unit[2].responses)):
+      same = list(alike)
+      yield from (same[start : start + self.rows] for start in range(0, len(same), self.rows))
 
   def _units(self, items: Sequence[Encoded]) -> Iterator[tuple[int, int, Encoded]]:
     """(item, its first response here, what is scored as one row): the whole item unless it can be divided."""
@@ -107,9 +111,7 @@ class DecoderEngine(RewardEngine):
 
   def encode(self, prompt: Conversation, responses: Sequence[str]) -> Encoded:
     """The templated conversation; over the limit, the prompt loses its start and then a response its end."""
-    trunk, branches = self.chat.prompt_tokens(prompt), []
-    for response in responses:
-      branches.append(self.chat.conversation_tokens(prompt, response)[1])
+    trunk, branches = self.chat.prompt_tokens(prompt), [self.chat.response_tokens(text) for text in responses]
     longest = max(map(len, branches))
     kept = trunk[-max(1, self.limit - longest) :]
     shortened = [branch[: self.limit - len(kept)] for branch in branches]

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from tsalign_jax.config import Config
 from tsalign_jax.models.loading import ModelHandle, language_model, reward_model
-from tsalign_jax.training.checkpoints import load_tree
 
 
 class Progress(Protocol):
@@ -61,8 +60,8 @@ class Job:
   def load(self, model: ModelHandle, source: Path) -> dict[str, jax.Array]:
     """A model's parameters from its Hugging Face folder or from a checkpoint of this run."""
     if Path(source) == model.folder:
-      return model.load(self.mesh, fresh_key=jax.random.key(self.config.seed))
-    return load_tree(source, model.skeleton.abstract(self.mesh, model.param_dtype))
+      return model.load(self.mesh, head_key=jax.random.key(self.config.seed))
+    return model.restore(source, self.mesh)
 
 
 Counts = dict[str, Any]  # what a stage reports: numbers for the manifest and the metrics

@@ -2,16 +2,18 @@
 
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 
 from tsalign_jax.config import Distil
 from tsalign_jax.data.batching import round_up
 from tsalign_jax.data.files import read_preferences
 from tsalign_jax.data.tables import read_table
+from tsalign_jax.models.checkpoints import save_tree
+from tsalign_jax.models.loading import wide
 from tsalign_jax.parallel.mesh import batch_ways, put_batch
 from tsalign_jax.scoring.reward import build_reward_engine
 from tsalign_jax.stages.base import Counts, Job
-from tsalign_jax.training.checkpoints import save_tree
 from tsalign_jax.training.distil import DistilBatch, build_loss
 from tsalign_jax.training.optimizer import build_trainer
 from tsalign_jax.training.run import train, training_steps
@@ -37,9 +39,10 @@ def distil(job: Job) -> Counts:
 
   with job.progress(steps, "steps") as advance:
     trained = train(
-      build_trainer(build_loss(engine, settings), settings, steps),
+      build_trainer(build_loss(engine, settings), settings, steps, model.skeleton, job.mesh),
       settings,
-      job.load(model, job.reads["student"]),
+      model.skeleton.abstract(job.mesh, jnp.float32),
+      lambda: wide(job.load(model, job.reads["student"])),
       {},
       make_microbatch,
       pairs=len(items),
@@ -48,7 +51,7 @@ def distil(job: Job) -> Counts:
       microbatch=microbatch,
       on_step=lambda _, metrics: advance(1, f"loss {metrics['loss']:.3f} accuracy {metrics['accuracy']:.2f}"),
     )
-  save_tree(job.writes["student"], trained)
+  save_tree(job.writes["student"], model.stored(trained))
   shutil.copyfile(job.partial / "log.jsonl", job.writes["log"])
   return {"new_pairs": len(new), "replayed_pairs": len(pairs) - len(new), "steps": steps}
 

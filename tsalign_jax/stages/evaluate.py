@@ -7,13 +7,12 @@ import jax
 import numpy as np
 
 from tsalign_jax.data.batching import make_branches, round_up
-from tsalign_jax.data.tables import COMPARISONS, Rows, by_prompt, read_table, write_table
+from tsalign_jax.data.tables import COMPARISONS, Rows, by_prompt, read_table, to_prompt, write_table
 from tsalign_jax.pairing.mine import best_worst, random_pairs
 from tsalign_jax.pairing.statistics import accuracy, bootstrap_interval, win_rate
 from tsalign_jax.parallel.mesh import batch_ways, put_batch
 from tsalign_jax.scoring.reward import build_reward_engine
 from tsalign_jax.stages.base import Counts, Job
-from tsalign_jax.stages.prepare import to_prompt
 from tsalign_jax.teachers.build import build_teacher
 from tsalign_jax.training.align import build_reference
 from tsalign_jax.types import CandidatePair, Judgement, Prompt, Verdict
@@ -109,7 +108,7 @@ def _agreement(teacher, prompts, texts, scores, pairs: list[list[tuple[int, int]
 def _kl(job: Job, prompts: dict[int, dict], policy: dict[int, Rows]) -> float:
   """KL(policy || initial) in nats a response: the mean of log(policy/initial) over the policy's own answers.
 
-  Unbiased where answers are sampled at temperature 1; at another one it is only an indication.
+  Unbiased where answers are sampled at temperature 1 without filters; otherwise it is only an indication.
   """
   model = job.policy()
   program, params = build_reference(model, job.mesh), job.load(model, job.reads["policy_initial"])

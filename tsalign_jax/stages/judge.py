@@ -3,9 +3,8 @@
 import json
 from collections import Counter
 
-from tsalign_jax.data.tables import VERDICTS, Rows, read_table, write_table
+from tsalign_jax.data.tables import VERDICTS, Rows, read_table, to_prompt, write_table
 from tsalign_jax.stages.base import Counts, Job, shards
-from tsalign_jax.stages.prepare import to_prompt
 from tsalign_jax.teachers.build import build_teacher
 from tsalign_jax.types import CandidatePair
 

@@ -26,6 +26,12 @@ def prepare(job: Job) -> Counts:
     if not usable:
       raise UserError(f"{source}: every prompt is longer than prompts.max_tokens = {job.config.prompts.max_tokens}")
     write_table(job.writes[split], rows, PROMPTS)
+    warm = job.config.student.warm_start
+    if split == "train" and warm and warm.prompts >= len(usable):
+      raise UserError(
+        f"{source}: the warm start alone takes student.warm_start.prompts = {warm.prompts} of the {len(usable)} usable "
+        "prompts; give more prompts, or take fewer"
+      )
     counts[f"{split}_prompts"] = len(usable)
     counts[f"{split}_dropped"] = len(rows) - len(usable)
   return counts
@@ -41,8 +47,3 @@ def _row(prompt: Prompt, chat: Chat, limit: int) -> dict:
     "tokens": tokens,
     "dropped": too_long,
   }
-
-
-def to_prompt(row: dict) -> Prompt:
-  """The prompt of a table row."""
-  return Prompt(row["prompt_id"], row["prompt"], tuple(json.loads(row["checks"])))

@@ -1,13 +1,13 @@
 """sample: K responses of a policy to each prompt, on policy; also the answers that evaluation compares."""
 
-import numpy as np
+import zlib
 
 from tsalign_jax.config import Sampling
 from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.tables import RESPONSES, Rows, read_table, write_table
 from tsalign_jax.sampling.engine import Sampled, build_sampler
 from tsalign_jax.stages.base import Counts, Job, shards
-from tsalign_jax.types import Rollout
+from tsalign_jax.types import Rollout, UserError
 
 
 def sample(job: Job) -> Counts:
@@ -22,7 +22,8 @@ def sample(job: Job) -> Counts:
   sampler = build_sampler(model, job.mesh, sampling, chat.stop_tokens)
   # Groups of like length, longest first: the widest program is the first to compile and the last to surprise.
   ordered = sorted(prompts, key=lambda row: (-len(row["tokens"]), row["prompt_id"]))
-  groups = [ordered[start : start + sampler.rows] for start in range(0, len(ordered), sampler.rows)]
+  size = sampling.batch_prompts  # and not what the mesh rounds it up to: shards outlive a change of machine
+  groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
   missing = list(shards(job, len(groups)))
   params = job.load(model, job.reads["policy"]) if missing else {}
   todo = [[(row["prompt_id"], row["tokens"]) for row in groups[index]] for index, _ in missing]
@@ -33,6 +34,9 @@ def sample(job: Job) -> Counts:
       advance(len(answers) * sampling.responses, "")
   rows = [row for index in range(len(groups)) for row in read_table(job.partial / f"{index:05d}.parquet")]
   rows.sort(key=lambda row: (row["prompt_id"], row["response_id"]))
+  expected = sorted((row["prompt_id"], k) for row in prompts for k in range(sampling.responses))
+  if [(row["prompt_id"], row["response_id"]) for row in rows] != expected:
+    raise UserError(f"{job.partial}: its shards are not those of this stage's prompts; delete the folder")
   write_table(job.writes["responses"], rows, RESPONSES)
   tokens = sum(len(row["tokens"]) for row in rows)
   return {"prompts": len(prompts), "responses": len(rows), "tokens": tokens}
@@ -43,12 +47,18 @@ def select(job: Job) -> Rows:
   rows = read_table(job.reads["prompts"], used_only=True)
   if "start" not in job.options:
     return rows
-  order = np.random.default_rng(job.config.seed).permutation(len(rows))
-  first, start, count = job.options["reserved"], job.options["start"], job.options["count"]
-  pool = order[first:]
-  if count is None:
-    count = len(pool)
-  return [rows[pool[(start + offset) % len(pool)]] for offset in range(min(count, len(pool)))]
+  return take(rows, job.config.seed, job.options["reserved"], job.options["start"], job.options["count"])
+
+
+def take(rows: Rows, seed: int, reserved: int, start: int, count: int | None) -> Rows:
+  """`count` rows from `start` on, in an order that a hash of seed and id gives; without the first `reserved`.
+
+  The order starts over where it ends; a prompt more or less does not change the order of the others.
+  """
+  order = sorted(rows, key=lambda row: (zlib.crc32(f"{seed}/{row['prompt_id']}".encode()), row["prompt_id"]))
+  pool = order[reserved:]
+  count = len(pool) if count is None else min(count, len(pool))
+  return [pool[(start + offset) % len(pool)] for offset in range(count)]
 
 
 def _rows(prompts: Rows, answers: list[list[Sampled]], chat: Chat) -> Rows:

@@ -1,29 +1,13 @@
-"""Parameters and training state on disk, through Orbax."""
+"""Resumable training states on disk, through Orbax."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from tsalign_jax.models.functional import Params
 from tsalign_jax.types import UserError
-
-
-def save_tree(folder: Path, tree: Any) -> None:
-  """Writes a pytree of arrays; the folder appears whole or not at all."""
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(Path(folder).absolute(), tree, force=True)
-
-
-def load_tree(folder: Path, abstract: Any) -> Any:
-  """Reads a pytree into these shapes, dtypes and shardings; UserError when the checkpoint cannot be read."""
-  try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      return checkpointer.restore(Path(folder).absolute(), abstract)
-  except (FileNotFoundError, ValueError) as error:
-    raise UserError(f"{folder}: this checkpoint cannot be read ({str(error).splitlines()[0]})") from error
 
 
 class StepCheckpoints:
@@ -48,15 +32,21 @@ class StepCheckpoints:
     )
     self.manager.save(step, args=arguments)
 
-  def latest(self, trainable: Params, opt_state: Any) -> tuple[int, Params, Any, dict] | None:
-    """(step, trainable, opt_state, iterator state) of the newest save, or None before the first."""
+  def latest(self, abstract: Any, abstract_state: Any) -> tuple[int, Params, Any, dict] | None:
+    """(step, trainable, opt_state, iterator state) of the newest save, or None before the first.
+
+    Raises UserError when it does not fit: a failed resume is never a fresh start.
+    """
     step = self.manager.latest_step()
     if step is None:
       return None
-    abstract = jax.tree.map(
-      lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
-      {"trainable": trainable, "opt_state": opt_state},
-    )
-    arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), iterator=ocp.args.JsonRestore())
-    restored = self.manager.restore(step, args=arguments)
+    wanted = {"trainable": dict(abstract), "opt_state": abstract_state}
+    arguments = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), iterator=ocp.args.JsonRestore())
+    try:
+      restored = self.manager.restore(step, args=arguments)
+    except (ValueError, FileNotFoundError) as error:
+      raise UserError(
+        f"{self.manager.directory}: this half-done training cannot be continued here "
+        f"({str(error).splitlines()[0]}); continue on the kind of machine that began it, or delete the folder"
+      ) from error
     return step, restored.state["trainable"], restored.state["opt_state"], restored.iterator

@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from tsalign_jax.config import Optimizer
-from tsalign_jax.models.functional import Params
+from tsalign_jax.models.functional import Params, Skeleton
+from tsalign_jax.parallel.mesh import replicated
 
-# (trainable, frozen, microbatch) -> (sum over pairs of weighted losses, per-pair metrics to be summed)
+# (trainable, frozen, microbatch) -> (sum over pairs of weighted losses, metrics summed with the same weights)
 LossFn = Callable[[Params, Params, Any], tuple[Float[Array, ""], Mapping[str, Float[Array, ""]]]]
 
 
@@ -46,11 +48,13 @@ class Trainer:
   """One optimizer step as two programs, so that its microbatches may differ in number and shape.
 
   Losses come weighted with 1 / (pairs in the whole batch), so accumulated gradients are those of the whole batch.
+  Gradients and optimizer moments live where their parameters do.
   """
 
   accumulate: Callable
   update: Callable
   init: Callable
+  abstract_state: Callable
   schedule: optax.Schedule
 
   def step(self, trainable: Params, frozen: Params, opt_state, microbatches):
@@ -62,13 +66,36 @@ class Trainer:
 
 
 @functools.lru_cache(maxsize=16)
-def build_trainer(loss: LossFn, settings: Optimizer, steps: int) -> Trainer:
+def build_trainer(loss: LossFn, settings: Optimizer, steps: int, skeleton: Skeleton, mesh: Mesh) -> Trainer:
   """The trainer of a loss; programs are compiled once for each shape of microbatch."""
   optimizer = make_optimizer(settings, steps)
+  placed = skeleton.shardings(mesh)
+
+  def place(params: Params) -> dict[str, jax.Array]:
+    return {name: jax.lax.with_sharding_constraint(array, placed[name]) for name, array in params.items()}
+
+  def state_shardings(trainable: Params):
+    shapes = jax.eval_shape(optimizer.init, dict(trainable))
+    of_params = {name: placed[name] for name in trainable}
+    return optax.tree_map_params(
+      optimizer, lambda _, where: where, shapes, of_params, transform_non_params=lambda _: replicated(mesh)
+    )
+
+  def init(trainable: Params):
+    return jax.jit(optimizer.init, out_shardings=state_shardings(trainable))(dict(trainable))
+
+  def abstract_state(trainable: Params):
+    shapes = jax.eval_shape(optimizer.init, dict(trainable))
+    return jax.tree.map(
+      lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
+      shapes,
+      state_shardings(trainable),
+    )
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def accumulate(gradients, metrics, trainable, frozen, microbatch):
     (_, new_metrics), new = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, microbatch)
+    new = place(new)
     if gradients is None:
       return new, dict(new_metrics)
     return jax.tree.map(jnp.add, gradients, new), jax.tree.map(jnp.add, metrics, dict(new_metrics))
@@ -77,6 +104,7 @@ def build_trainer(loss: LossFn, settings: Optimizer, steps: int) -> Trainer:
   def update(trainable, opt_state, gradients, metrics):
     norm = optax.global_norm(gradients)
     updates, opt_state = optimizer.update(gradients, opt_state, trainable)
-    return optax.apply_updates(trainable, updates), opt_state, metrics | {"grad_norm": norm}
+    opt_state = jax.lax.with_sharding_constraint(opt_state, state_shardings(trainable))
+    return place(optax.apply_updates(trainable, updates)), opt_state, metrics | {"grad_norm": norm}
 
-  return Trainer(accumulate, update, jax.jit(optimizer.init), make_schedule(settings, steps))
+  return Trainer(accumulate, update, init, abstract_state, make_schedule(settings, steps))

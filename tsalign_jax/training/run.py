@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tsalign_jax.config import Optimizer
 from tsalign_jax.models.functional import Params
 from tsalign_jax.training.checkpoints import StepCheckpoints
 from tsalign_jax.training.optimizer import Trainer
+from tsalign_jax.types import UserError
 
 MakeMicrobatch = Callable[[Sequence[int], np.ndarray], Any]  # (pair indices, weights) -> device batch
 
@@ -42,7 +43,8 @@ def microbatches(indices: Sequence[int], size: int) -> Iterator[tuple[list[int],
 def train(
   trainer: Trainer,
   settings: Optimizer,
-  trainable: Params,
+  abstract: Mapping[str, jax.ShapeDtypeStruct],
+  load: Callable[[], Params],
   frozen: Params,
   make_microbatch: MakeMicrobatch,
   *,
@@ -54,13 +56,18 @@ def train(
 ) -> Params:
   """The trained parameters. Killed at any point and called again with the same `folder`, it ends the same.
 
-  `trainable` is donated. `folder` holds checkpoints and `log.jsonl`, one line a step.
+  `load` gives the parameters to start from and is called only if there is no checkpoint to continue from; `abstract`
+  holds their shapes, dtypes and shardings. `folder` holds checkpoints and `log.jsonl`, one line a step.
+  Raises UserError when the loss is no longer a number.
   """
-  data, opt_state, done = batches_of(pairs, settings, seed), trainer.init(trainable), 0
+  data, done = batches_of(pairs, settings, seed), 0
   with StepCheckpoints(folder / "steps", settings.checkpoint_every) as checkpoints:
-    if saved := checkpoints.latest(trainable, opt_state):
+    if saved := checkpoints.latest(abstract, trainer.abstract_state(abstract)):
       done, trainable, opt_state, iterator = saved
       data.set_state(iterator)
+    else:
+      trainable = load()
+      opt_state = trainer.init(trainable)
     log = _open_log(folder / "log.jsonl", done)
     pending = None
     for step, indices in enumerate(data, done):
@@ -82,6 +89,8 @@ def train(
 def _book(log, trainer: Trainer, step: int, metrics, on_step) -> None:
   values = {name: float(value) for name, value in sorted(jax.device_get(metrics).items())}
   values["learning_rate"] = float(trainer.schedule(step))
+  if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+    raise UserError(f"step {step}: the loss is {values['loss']}; start a new run with a lower learning_rate")
   on_step(step, values)
   log.write(json.dumps({"step": step, **values}) + "\n")
   log.flush()
@@ -90,5 +99,7 @@ def _book(log, trainer: Trainer, step: int, metrics, on_step) -> None:
 def _open_log(path: Path, done: int):
   """The log, without the lines of steps that a crash undid."""
   lines = path.read_text().splitlines() if path.exists() else []
-  path.write_text("".join(line + "\n" for line in lines[:done]))
+  kept = path.with_suffix(".tmp")
+  kept.write_text("".join(line + "\n" for line in lines[:done]))
+  kept.replace(path)
   return path.open("a")
