@@ -130,3 +130,18 @@ def test_over_long_prompts_are_dropped_counted_and_listed(config, tmp_path):
 def test_help_speaks_to_a_stranger():
   text = tsalign("run", "--help").stdout
   assert "continues a run that was stopped" in text and "align.beta=0.2" in text
+
+
+MORE_WRONG = {
+  "zero ways": (["mesh.data=0"], ["mesh.data", "(got 0)"]),
+  "negative seed": (["seed=-1"], ["seed", "greater than or equal to 0"]),
+  "broken YAML": (["prompts.train=[a"], ["prompts.train=[a", "not a YAML value"]),
+  "too long": (["prompts.max_tokens=127"], ["prompts.max_tokens + sampling.max_new_tokens = 139", "128 tokens"]),
+  "large warm start": (["student.warm_start.prompts=24"], ["student.warm_start.prompts = 24", "24 usable"]),
+}
+
+
+@pytest.mark.parametrize("case", MORE_WRONG)
+def test_wrong_combination_is_one_sentence(case, config, tmp_path):
+  overrides, parts = MORE_WRONG[case]
+  expect_error(tsalign("run", config, f"run={tmp_path / 'run'}", *overrides), *parts)

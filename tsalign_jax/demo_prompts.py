@@ -1,9 +1,9 @@
 """Prompts with verifiable instructions, composed from templates: data for a run that needs no download.
 
-A prompt is a question about an everyday activity followed by two or three instructions, each of which a check
-of the `checks` teacher verifies:
+A prompt is a question about an everyday activity followed by three instructions, each of which a check of the
+`checks` teacher verifies. One of them asks for a least length, so that saying little is never the way to win:
 
-    How do I get better at brewing tea? Use at most 25 words. Mention "kettle". Do not use any commas.
+    How do I get better at brewing tea? Mention "kettle". Write at least 20 words. Do not use any commas.
 
 Every instruction can be seen by an uncased student, and is one that a small model may or may not follow.
 Held-out prompts are about activities that no training prompt has, and combine checks as none does.
@@ -147,7 +147,7 @@ _ACTIVITY_TABLE = """
 
 INSTRUCTIONS = {
   "max_words": Instruction(
-    lambda rng, activity: {"limit": rng.choice((20, 25, 30, 35))},
+    lambda rng, activity: {"limit": rng.choice((35, 40, 45))},
     ("Use at most {limit} words.", "Answer in {limit} words or fewer.", "Do not go over {limit} words."),
   ),
   "min_words": Instruction(
@@ -184,12 +184,8 @@ INSTRUCTIONS = {
   ),
 }
 
-# A list has a sentence in each item, and numbers of its own; one limit of words a prompt.
-_CONFLICTS = (
-  {"max_sentences", "numbered_list"},
-  {"include_number", "numbered_list"},
-  {"min_words", "max_words"},
-)
+# A list has a sentence in each item, and numbers of its own.
+_CONFLICTS = ({"max_sentences", "numbered_list"}, {"include_number", "numbered_list"})
 
 
 def activities(*, heldout: bool) -> list[Activity]:
@@ -200,8 +196,9 @@ def activities(*, heldout: bool) -> list[Activity]:
 
 
 def combinations(*, heldout: bool) -> list[tuple[str, ...]]:
-  """Sets of 2 or 3 kinds of checks of training prompts, or those kept for held-out ones (every fourth)."""
-  sets = [kinds for size in (2, 3) for kinds in itertools.combinations(INSTRUCTIONS, size)]
+  """Sets of 3 kinds of checks, `min_words` in each, of training prompts or of held-out ones (every fourth)."""
+  others = [kind for kind in INSTRUCTIONS if kind != "min_words"]
+  sets = [("min_words", *pair) for pair in itertools.combinations(others, 2)]
   possible = [kinds for kinds in sets if not any(conflict <= set(kinds) for conflict in _CONFLICTS)]
   return _split(possible, every=4, heldout=heldout)
 

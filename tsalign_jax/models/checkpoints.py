@@ -27,6 +27,9 @@ def saved_names(folder: Path) -> set[str]:
   """The names of the parameters in a checkpoint; UserError when it cannot be read."""
   try:
     with ocp.StandardCheckpointer() as checkpointer:
-      return set(checkpointer.metadata(Path(folder).absolute()).item_metadata.tree)
+      metadata = checkpointer.metadata(Path(folder).absolute()).item_metadata
   except (FileNotFoundError, ValueError) as error:
     raise UserError(f"{folder}: this checkpoint cannot be read ({str(error).splitlines()[0]})") from error
+  if metadata is None:
+    raise UserError(f"{folder}: there is no checkpoint in it")
+  return set(metadata.tree)

@@ -1,7 +1,6 @@
 """What a stage is: a function from files to files, called with a `Job` that holds everything it may use."""
 
 import dataclasses
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ from jax.sharding import Mesh
 
 from tsalign_jax.config import Config
 from tsalign_jax.models.loading import ModelHandle, language_model, reward_model
+from tsalign_jax.seeding import derived_seed
 
 
 class Progress(Protocol):
@@ -42,7 +42,7 @@ class Job:
   @property
   def seed(self) -> int:
     """A seed of this stage's own, from the configuration's seed and the stage's name."""
-    return zlib.crc32(f"{self.config.seed}/{self.name}".encode()) & 0x7FFFFFFF
+    return derived_seed(self.config.seed, self.name)
 
   @property
   def key(self) -> jax.Array:

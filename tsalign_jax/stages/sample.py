@@ -1,11 +1,10 @@
 """sample: K responses of a policy to each prompt, on policy; also the answers that evaluation compares."""
 
-import zlib
-
 from tsalign_jax.config import Sampling
 from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.tables import RESPONSES, Rows, read_table, write_table
 from tsalign_jax.sampling.engine import Sampled, build_sampler
+from tsalign_jax.seeding import derived_seed
 from tsalign_jax.stages.base import Counts, Job, shards
 from tsalign_jax.types import Rollout, UserError
 
@@ -55,7 +54,7 @@ def take(rows: Rows, seed: int, reserved: int, start: int, count: int | None) ->
 
   The order starts over where it ends; a prompt more or less does not change the order of the others.
   """
-  order = sorted(rows, key=lambda row: (zlib.crc32(f"{seed}/{row['prompt_id']}".encode()), row["prompt_id"]))
+  order = sorted(rows, key=lambda row: (derived_seed(seed, "prompt", row["prompt_id"]), row["prompt_id"]))
   pool = order[reserved:]
   count = len(pool) if count is None else min(count, len(pool))
   return [pool[(start + offset) % len(pool)] for offset in range(count)]
