@@ -17,7 +17,7 @@ from tsalign_jax.demo_prompts import (
 from tsalign_jax.teachers.checks import failed, validate
 from tsalign_jax.types import UserError
 
-TRAIN, HELDOUT = generate(1500, 400, seed=0)
+TRAIN, HELDOUT = generate(1500, 300, seed=0)
 ALL_ACTIVITIES = activities(heldout=False) + activities(heldout=True)
 
 
@@ -70,11 +70,14 @@ def test_split_is_the_same_for_every_seed(seed):
   assert not set(map(kinds, train)) & set(map(kinds, HELDOUT))
 
 
+LENGTH = {"min_words", "max_words"}  # in every row
+
+
 def test_heldout_combinations_are_unseen_but_each_kind_is_in_both():
   train, heldout = set(map(kinds, TRAIN)), set(map(kinds, HELDOUT))
   assert not train & heldout
-  assert set().union(*train) == set().union(*heldout) == set(INSTRUCTIONS)
-  assert {len(combination) for combination in train | heldout} == {3}
+  assert set().union(*train) == set().union(*heldout) == {*INSTRUCTIONS, *LENGTH}
+  assert all(LENGTH < combination and len(combination) == 4 for combination in train | heldout)
 
 
 def test_only_the_order_of_kinds_varies_within_a_combination():
@@ -119,7 +122,8 @@ def test_some_answer_satisfies_every_row():
     number = " 7" if "include_number" in checks else ""
     steps = checks.get("numbered_list", {}).get("count", 0)
     items = "".join(f"\n{number}. go" for number in range(1, steps + 1))
-    filler = " so" * checks["min_words"]["limit"]
+    said = 2 * steps + len(words.split()) + len(number.split())
+    filler = " so" * max(0, checks["min_words"]["limit"] - said)
     answer = f"{words}{number}{filler}{items}?"
     assert failed(answer, row["checks"]) == [], (text(row), answer)
 

@@ -1,9 +1,9 @@
 """Prompts with verifiable instructions, composed from templates: data for a run that needs no download.
 
-A prompt is a question about an everyday activity followed by three instructions, each of which a check of the
-`checks` teacher verifies. One of them asks for a least length, so that saying little is never the way to win:
+A prompt is a question about an everyday activity followed by three instructions that checks of the `checks` teacher
+verify. One of them asks for a length between two bounds, so that neither saying little nor saying much always wins:
 
-    How do I get better at brewing tea? Mention "kettle". Write at least 20 words. Do not use any commas.
+    How do I get better at brewing tea? Mention "kettle". Answer in 10 to 25 words. Do not use any commas.
 
 Every instruction can be seen by an uncased student, and is one that a small model may or may not follow.
 Held-out prompts are about activities that no training prompt has, and combine checks as none does.
@@ -145,15 +145,13 @@ _ACTIVITY_TABLE = """
   choosing gifts | ribbon birthday card | gift person
 """
 
+LENGTH_PHRASINGS = (
+  "Answer in {low} to {high} words.",
+  "Use between {low} and {high} words.",
+  "Write at least {low} and at most {high} words.",
+)
+
 INSTRUCTIONS = {
-  "max_words": Instruction(
-    lambda rng, activity: {"limit": rng.choice((35, 40, 45))},
-    ("Use at most {limit} words.", "Answer in {limit} words or fewer.", "Do not go over {limit} words."),
-  ),
-  "min_words": Instruction(
-    lambda rng, activity: {"limit": rng.choice((15, 20, 25))},
-    ("Use at least {limit} words.", "Answer in {limit} words or more.", "Do not write less than {limit} words."),
-  ),
   "max_sentences": Instruction(
     lambda rng, activity: {"limit": rng.choice((1, 2))},
     ("Use at most {limit} sentence{s}.", "Write no more than {limit} sentence{s}."),
@@ -196,10 +194,9 @@ def activities(*, heldout: bool) -> list[Activity]:
 
 
 def combinations(*, heldout: bool) -> list[tuple[str, ...]]:
-  """Sets of 3 kinds of checks, `min_words` in each, of training prompts or of held-out ones (every fourth)."""
-  others = [kind for kind in INSTRUCTIONS if kind != "min_words"]
-  sets = [("min_words", *pair) for pair in itertools.combinations(others, 2)]
-  possible = [kinds for kinds in sets if not any(conflict <= set(kinds) for conflict in _CONFLICTS)]
+  """Pairs of kinds of checks, beside the length, of training prompts or of held-out ones (every fourth)."""
+  pairs = itertools.combinations(INSTRUCTIONS, 2)
+  possible = [kinds for kinds in pairs if not any(conflict <= set(kinds) for conflict in _CONFLICTS)]
   return _split(possible, every=4, heldout=heldout)
 
 
@@ -232,10 +229,16 @@ def _rows(count: int, seed: int, *, heldout: bool) -> list[dict]:
 
 
 def _row(rng: random.Random, activity: Activity, question: str, kinds: tuple[str, ...]) -> dict:
-  order = rng.sample(kinds, len(kinds))
-  checks = [{"name": kind, **INSTRUCTIONS[kind].draw(rng, activity)} for kind in order]
-  sentences = [question.format(activity.name), *(_say(check, rng) for check in checks)]
-  return {"prompt": [{"role": "user", "content": " ".join(sentences)}], "checks": checks}
+  checks = [{"name": kind, **INSTRUCTIONS[kind].draw(rng, activity)} for kind in kinds]
+  low, high = rng.choice((8, 10, 12)), rng.choice((20, 25, 30))
+  length = rng.choice(LENGTH_PHRASINGS).format(low=low, high=high)
+  sentences = [*(_say(check, rng) for check in checks), length]
+  rng.shuffle(sentences)
+  checks += [{"name": "min_words", "limit": low}, {"name": "max_words", "limit": high}]
+  return {
+    "prompt": [{"role": "user", "content": " ".join([question.format(activity.name), *sentences])}],
+    "checks": checks,
+  }
 
 
 def _say(check: dict, rng: random.Random) -> str:
