@@ -22,7 +22,12 @@ RULES: Mapping[str, str | tuple[str, ...]] = {
 
 
 def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence | None = None) -> Mesh:
-  """A mesh over all devices with axes (data, fsdp, tensor); one size may be -1, which takes what is left."""
+  """A mesh over all devices with axes (data, fsdp, tensor); one size may be -1, which takes what is left.
+
+  Raises UserError where the sizes do not make the number of devices, or several processes take part.
+  """
+  if jax.process_count() > 1:
+    raise UserError(f"this job has {jax.process_count()} processes; a run uses the devices of one process")
   devices = jax.devices() if devices is None else list(devices)
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
   free = [name for name, size in sizes.items() if size == -1]
