@@ -77,7 +77,7 @@ def test_heldout_combinations_are_unseen_but_each_kind_is_in_both():
   train, heldout = set(map(kinds, TRAIN)), set(map(kinds, HELDOUT))
   assert not train & heldout
   assert set().union(*train) == set().union(*heldout) == {*INSTRUCTIONS, *LENGTH}
-  assert all(LENGTH < combination and len(combination) == 4 for combination in train | heldout)
+  assert all(combination > LENGTH and len(combination) == 4 for combination in train | heldout)
 
 
 def test_only_the_order_of_kinds_varies_within_a_combination():

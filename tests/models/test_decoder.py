@@ -5,32 +5,20 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from ragged import one_sequence, ragged_batch
 
 from tsalign_jax.models.config import read_config
 from tsalign_jax.models.functional import Skeleton
 from tsalign_jax.models.heads import DecoderRewardModel, LanguageModel
 from tsalign_jax.models.hf import load_params, save_params
 from tsalign_jax.ops.attention import TrunkAndBranches, flatten
-from tsalign_jax.types import Branches
 
 TOLERANCE = 1e-4
 
 
-def ragged_batch(seed: int, *, rows=3, k=2, prompt=9, response=8) -> Branches:
-  """Random trunks and branches of different lengths; the padding holds real-looking tokens on purpose."""
-  random = np.random.default_rng(seed)
-  return Branches(
-    trunk=random.integers(3, 97, (rows, prompt)),
-    branches=random.integers(3, 97, (rows, k, response)),
-    trunk_length=random.integers(1, prompt + 1, rows),
-    branch_length=random.integers(1, response + 1, (rows, k)),
-  )
-
-
-def alone(batch: Branches, row: int, k: int) -> np.ndarray:
-  """The tokens of one prompt with one of its responses, without any padding."""
-  trunk = batch.trunk[row, batch.trunk.shape[1] - batch.trunk_length[row] :]
-  return np.concatenate([trunk, batch.branches[row, k, : batch.branch_length[row, k]]])
+def whole(batch, row: int, k: int) -> list[int]:
+  prompt, response = one_sequence(batch, row, k)
+  return prompt + response
 
 
 def load_language_model(folder, mesh, layout="unrolled"):
@@ -52,12 +40,12 @@ def branch_logits(skeleton, params, batch):
 def test_logits_equal_transformers(family, layout, tmp_path, one_device):
   peer = tiny.decoder(family, tmp_path)
   _, skeleton, params = load_language_model(tmp_path, one_device, layout)
-  batch = ragged_batch(1)
+  batch = ragged_batch(1, k=2)
   ours = branch_logits(skeleton, params, batch)
   for row in range(3):
     for k in range(2):
-      tokens = alone(batch, row, k)
-      theirs = peer(torch.tensor(tokens[None])).logits[0].detach().numpy()
+      tokens = whole(batch, row, k)
+      theirs = peer(torch.tensor([tokens])).logits[0].detach().numpy()
       trunk, branch = batch.trunk_length[row], batch.branch_length[row, k]
       start = 9 + 8 * k
       mine = np.concatenate([ours[row, 9 - trunk : 9], ours[row, start : start + branch]])
@@ -70,11 +58,11 @@ def test_reward_equals_transformers(family, tmp_path, one_device):
   config = read_config(tmp_path)
   skeleton = Skeleton.of(lambda rngs: DecoderRewardModel(config, rngs))
   params, _ = load_params(tmp_path, skeleton, config, one_device)
-  batch = ragged_batch(2)
+  batch = ragged_batch(2, k=2)
   ours = np.asarray(skeleton.bind(params)(batch))
   for row in range(3):
     for k in range(2):
-      theirs = peer(torch.tensor(alone(batch, row, k)[None])).logits[0, 0].item()
+      theirs = peer(torch.tensor([whole(batch, row, k)])).logits[0, 0].item()
       assert ours[row, k] == pytest.approx(theirs, abs=TOLERANCE)
 
 
@@ -85,7 +73,7 @@ def test_exported_folder_loads_in_transformers(family, layout, tmp_path, one_dev
 
   peer = tiny.decoder(family, tmp_path / "source")
   config, skeleton, params = load_language_model(tmp_path / "source", one_device, layout)
-  monkeypatch.setattr("tsalign_jax.models.hf.SHARD_BYTES", 20_000)  # several shards, with an index
+  monkeypatch.setattr("tsalign_jax.models.shards.SHARD_BYTES", 20_000)  # several shards, with an index
   save_params(params, skeleton, config, tmp_path / "source", tmp_path / "export", dtype=jnp.float32)
   assert (tmp_path / "export" / "model.safetensors.index.json").is_file()
   again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export", attn_implementation="eager")
@@ -101,7 +89,7 @@ def test_sharded_logits_equal_single_device(family, tmp_path, one_device, eight_
   _, skeleton, params = load_language_model(tmp_path, one_device)
   _, _, split = load_language_model(tmp_path, eight_devices)
   assert any(len(array.sharding.device_set) == 8 and not array.sharding.is_fully_replicated for array in split.values())
-  batch = ragged_batch(3, rows=4)
+  batch = ragged_batch(3, rows=4, k=2)
   np.testing.assert_allclose(
     branch_logits(skeleton, split, batch), branch_logits(skeleton, params, batch), atol=TOLERANCE
   )

@@ -81,7 +81,7 @@ def test_float16_file_imports_as_bfloat16(tmp_path):
 def test_large_models_are_written_in_indexed_shards(tmp_path, monkeypatch):
   original = gguf_files.model("llama")
   gguf_files.write(tmp_path / "model.gguf", original)
-  monkeypatch.setattr(under_test, "SHARD_BYTES", 100_000)
+  monkeypatch.setattr("tsalign_jax.models.shards.SHARD_BYTES", 100_000)
   import_gguf(tmp_path / "model.gguf", tmp_path / "folder")
   files = sorted((tmp_path / "folder").glob("model-*.safetensors"))
   assert len(files) > 2 and (tmp_path / "folder" / "model.safetensors.index.json").is_file()

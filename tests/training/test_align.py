@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from ragged import one_sequence, ragged_batch
 
 from tsalign_jax.config import Align, LoRA, Policy
 from tsalign_jax.models.hf import hf_tensors
@@ -16,22 +17,6 @@ from tsalign_jax.training.align import AlignBatch, branch_logps, build_loss, bui
 from tsalign_jax.types import Branches
 
 TOLERANCE = 1e-4
-
-
-def ragged(seed: int, *, rows=3, k=3, prompt=9, response=8) -> Branches:
-  random = np.random.default_rng(seed)
-  return Branches(
-    trunk=random.integers(3, 97, (rows, prompt)),
-    branches=random.integers(3, 97, (rows, k, response)),
-    trunk_length=random.integers(1, prompt + 1, rows),
-    branch_length=random.integers(1, response + 1, (rows, k)),
-  )
-
-
-def one_sequence(batch: Branches, row: int, k: int) -> tuple[list[int], list[int]]:
-  """(prompt tokens, response tokens) without padding."""
-  prompt = batch.trunk[row, batch.trunk.shape[1] - batch.trunk_length[row] :]
-  return prompt.tolist(), batch.branches[row, k, : batch.branch_length[row, k]].tolist()
 
 
 def torch_logp(model, prompt: list[int], response: list[int]) -> torch.Tensor:
@@ -50,7 +35,7 @@ def load(folder, mesh, layout="unrolled", **changes):
 def test_branch_equals_running_alone(family, layout, tmp_path, one_device):
   peer = tiny.decoder(family, tmp_path)
   model, params = load(tmp_path, one_device, layout)
-  batch = ragged(1)
+  batch = ragged_batch(1)
   together = np.asarray(build_reference(model, one_device)(params, batch))
   for row in range(3):
     for k in range(3):
@@ -63,10 +48,10 @@ def test_logps_do_not_change_with_what_else_is_in_the_batch(family, tmp_path, on
   tiny.decoder(family, tmp_path)
   model, params = load(tmp_path, one_device)
   program = build_reference(model, one_device)
-  batch = ragged(2)
+  batch = ragged_batch(2)
   expected = np.asarray(program(params, batch))
   # Same first prompt and first branch, everything else different, including all padding.
-  other = ragged(3)
+  other = ragged_batch(3)
   trunk_start = 9 - batch.trunk_length[0]
   mixed = dataclasses.replace(
     other,
@@ -114,7 +99,7 @@ def test_dpo_loss_and_gradients_equal_pytorch(family, layout, tmp_path, one_devi
   peer, reference = tiny.decoder(family, tmp_path / "policy"), tiny.decoder(family, tmp_path / "reference", seed=1)
   model, params = load(tmp_path / "policy", one_device, layout, remat=True)
   other, reference_params = load(tmp_path / "reference", one_device, layout)
-  batch = ragged(4, k=2)
+  batch = ragged_batch(4, k=2)
   align = Align(beta=0.3, label_smoothing=0.1, sft_weight=0.2)
   reference_logps = build_reference(other, one_device)(reference_params, batch)
   weights = np.full(3, 1 / 3, np.float32)
@@ -141,7 +126,7 @@ def test_lora_starts_as_the_model_and_merges_into_it(tmp_path, one_device):
     skeleton = adapted_skeleton(model, lora)
     adapters = skeleton.init(jax.random.key(0), {name for name in skeleton.specs if is_adapter(name)})
     assert len(adapters) == 2 * 7 * (1 if layout == "stacked" else 4)
-    batch = ragged(5)
+    batch = ragged_batch(5)
 
     def logps(parameters, skeleton=skeleton, model=model, batch=batch):
       return np.asarray(branch_logps(skeleton.bind(parameters), batch, model, one_device))

@@ -9,16 +9,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from gguf import ReaderTensor, dequantize
-from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors.numpy import save_file
 from transformers import PreTrainedConfig
 
 from tsalign_jax.models.gguf_config import ROPE_FREQS, GgufFile, read_gguf_config
 from tsalign_jax.models.gguf_tokenizer import build_tokenizer, stop_ids
+from tsalign_jax.models.shards import write_shards
 from tsalign_jax.types import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
-SHARD_BYTES = 2 << 30
 RECORD = "gguf_import.json"  # what the folder was made from: by it, a repeated import knows its own work
 _ATTENTION = {
   "attn_q": "self_attn.q_proj",
@@ -59,7 +57,7 @@ def import_gguf(source: Path, target: Path, dtype: str = "float32") -> None:
     config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     _write_json(partial / "generation_config.json", _generation_config(config, stop_ids(file.metadata)))
-    _write_weights(partial, tensors)
+    write_shards(partial, tensors)
     _write_json(partial / RECORD, record)
     partial.rename(target)
   finally:
@@ -164,20 +162,6 @@ def _check_type(file: GgufFile, tensor: ReaderTensor) -> None:
   except NotImplementedError as error:
     kind = tensor.tensor_type.name
     raise UserError(f"{file.path}: tensor {tensor.name} is of type {kind}, which is not supported") from error
-
-
-def _write_weights(folder: Path, tensors: dict[str, _Tensor]) -> None:
-  plan = split_state_dict_into_shards_factory(
-    tensors,
-    get_storage_size=lambda tensor: tensor.nbytes,
-    filename_pattern="model{suffix}.safetensors",
-    max_shard_size=SHARD_BYTES,
-  )
-  for name, shard in plan.filename_to_tensors.items():
-    save_file({tensor: tensors[tensor].read() for tensor in shard}, folder / name, metadata={"format": "pt"})
-  if plan.is_sharded:
-    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-    _write_json(folder / "model.safetensors.index.json", index)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -11,16 +11,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from huggingface_hub import split_state_dict_into_shards_factory
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from tsalign_jax.models.config import DECODERS, ENCODERS, ModelConfig
 from tsalign_jax.models.functional import Params, ParamSpec, Skeleton
+from tsalign_jax.models.shards import write_shards
 from tsalign_jax.types import UserError
 
-SHARD_BYTES = 4 << 30
 TOKENIZER_FILES = (
   "tokenizer.json",
   "tokenizer_config.json",
@@ -176,28 +174,14 @@ def _hf_shape(name: str, shape: tuple[int, ...], inputs: int | None) -> tuple[in
 
 
 def save_params(params: Params, skeleton: Skeleton, config: ModelConfig, source: Path, target: Path, *, dtype):
-  """Writes a Hugging Face folder that transformers loads; config and tokenizer are copied from `source`.
-
-  One safetensors shard is in host memory at a time.
-  """
+  """Writes a Hugging Face folder that transformers loads; config and tokenizer are copied from `source`."""
   target = Path(target)
   target.mkdir(parents=True, exist_ok=True)
   for file in ("config.json", *TOKENIZER_FILES):
     if (Path(source) / file).is_file():
       shutil.copyfile(Path(source) / file, target / file)
   _write_config(target / "config.json", config, dtype)
-  tensors = dict(hf_tensors(params, skeleton, config, dtype))
-  plan = split_state_dict_into_shards_factory(
-    tensors,
-    get_storage_size=lambda tensor: tensor.nbytes,
-    filename_pattern="model{suffix}.safetensors",
-    max_shard_size=SHARD_BYTES,
-  )
-  for file, names in plan.filename_to_tensors.items():
-    save_file({name: tensors[name].read() for name in names}, target / file, metadata={"format": "pt"})
-  if plan.is_sharded:
-    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+  write_shards(target, dict(hf_tensors(params, skeleton, config, dtype)))
 
 
 class _Tensor(NamedTuple):

@@ -1,0 +1,22 @@
+"""Batches of trunks and branches of different lengths, and the sequences that they stand for."""
+
+import numpy as np
+
+from tsalign_jax.types import Branches
+
+
+def ragged_batch(seed: int, *, rows: int = 3, k: int = 3, prompt: int = 9, response: int = 8) -> Branches:
+  """Random trunks and branches; the padding holds real-looking tokens on purpose."""
+  random = np.random.default_rng(seed)
+  return Branches(
+    trunk=random.integers(3, 97, (rows, prompt)),
+    branches=random.integers(3, 97, (rows, k, response)),
+    trunk_length=random.integers(1, prompt + 1, rows),
+    branch_length=random.integers(1, response + 1, (rows, k)),
+  )
+
+
+def one_sequence(batch: Branches, row: int, k: int) -> tuple[list[int], list[int]]:
+  """(prompt tokens, response tokens) of one branch without padding."""
+  prompt = batch.trunk[row, batch.trunk.shape[1] - batch.trunk_length[row] :]
+  return prompt.tolist(), batch.branches[row, k, : batch.branch_length[row, k]].tolist()
