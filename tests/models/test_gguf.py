@@ -15,7 +15,6 @@ import transformers as hf
 from safetensors import safe_open
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-import tsalign_jax.models.gguf as under_test
 from tsalign_jax.models.gguf import import_gguf
 from tsalign_jax.types import UserError
 
@@ -114,7 +113,7 @@ def test_same_import_again_changes_nothing_and_another_is_refused(tmp_path):
 
 def test_failed_import_leaves_no_folder(tmp_path, monkeypatch):
   gguf_files.write(tmp_path / "model.gguf", gguf_files.model("llama"))
-  monkeypatch.setattr(under_test, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+  monkeypatch.setattr("tsalign_jax.models.shards.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
   with pytest.raises(OSError, match="disk full"):
     import_gguf(tmp_path / "model.gguf", tmp_path / "folder")
   assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
