@@ -113,7 +113,11 @@ def test_same_import_again_changes_nothing_and_another_is_refused(tmp_path):
 
 def test_failed_import_leaves_no_folder(tmp_path, monkeypatch):
   gguf_files.write(tmp_path / "model.gguf", gguf_files.model("llama"))
-  monkeypatch.setattr("tsalign_jax.models.shards.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+
+  def full(*_, **__):
+    raise OSError("disk full")
+
+  monkeypatch.setattr("tsalign_jax.models.shards.save_file", full)
   with pytest.raises(OSError, match="disk full"):
     import_gguf(tmp_path / "model.gguf", tmp_path / "folder")
   assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
