@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from tsalign_jax.config import Config
+from tsalign_jax.data.tables import Rows, read_table
 from tsalign_jax.models.loading import ModelHandle, language_model, reward_model
 from tsalign_jax.seeding import derived_seed
 
@@ -72,6 +73,14 @@ def shards(job: Job, groups: int) -> Iterable[tuple[int, Path]]:
   """(index, file) of every part of this stage's output that does not exist yet."""
   job.partial.mkdir(parents=True, exist_ok=True)
   for index in range(groups):
-    file = job.partial / f"{index:05d}.parquet"
-    if not file.exists():
-      yield index, file
+    if not _shard(job, index).exists():
+      yield index, _shard(job, index)
+
+
+def gathered(job: Job, groups: int) -> Rows:
+  """The rows of all parts, once every part exists."""
+  return [row for index in range(groups) for row in read_table(_shard(job, index))]
+
+
+def _shard(job: Job, index: int) -> Path:
+  return job.partial / f"{index:05d}.parquet"

@@ -13,6 +13,7 @@ from tsalign_jax.pairing.statistics import accuracy, bootstrap_interval, win_rat
 from tsalign_jax.parallel.mesh import batch_ways, put_batch
 from tsalign_jax.scoring.reward import build_reward_engine
 from tsalign_jax.stages.base import Counts, Job
+from tsalign_jax.teachers.base import Teacher
 from tsalign_jax.teachers.build import build_teacher
 from tsalign_jax.training.align import build_reference
 from tsalign_jax.types import CandidatePair, Judgement, Prompt, Verdict
@@ -24,19 +25,19 @@ def evaluate(job: Job) -> Counts:
   """Writes `comparisons` (every base and policy answer side by side) and returns the metrics of the round."""
   prompts = {row["prompt_id"]: row for row in read_table(job.reads["prompts"], used_only=True)}
   base, policy = (by_prompt(read_table(job.reads[name])) for name in ("base_answers", "policy_answers"))
+  teacher = build_teacher(job.config.teacher)
   with job.progress(4, "parts") as advance:
-    metrics = _win_rate(job, prompts, base, policy)
+    metrics = _win_rate(job, teacher, prompts, base, policy)
     advance(1, f"win rate {metrics['win_rate']:.1%}")
-    metrics |= _student_accuracy(job, prompts, {i: [*base[i], *policy[i]] for i in prompts})
+    metrics |= _student_accuracy(job, teacher, prompts, {i: [*base[i], *policy[i]] for i in prompts})
     advance(2, "")
     metrics["kl_from_initial"] = _kl(job, prompts, policy)
     advance(1, "")
   return metrics
 
 
-def _win_rate(job: Job, prompts: dict[int, dict], base, policy) -> dict:
+def _win_rate(job: Job, teacher: Teacher, prompts: dict[int, dict], base, policy) -> dict:
   """The teacher compares the j-th answer of both to each prompt; intervals resample prompts."""
-  teacher = build_teacher(job.config.teacher)
   rows = [(i, ours, theirs) for i in prompts for ours, theirs in zip(policy[i], base[i], strict=True)]
   pairs = [CandidatePair(to_prompt(prompts[i]), ours["text"], theirs["text"]) for i, ours, theirs in rows]
   judged = teacher.judge(pairs)
@@ -73,7 +74,7 @@ def _comparison(prompts, prompt_id: int, ours: dict, theirs: dict, judgement: Ju
   }
 
 
-def _student_accuracy(job: Job, prompts: dict[int, dict], answers: dict[int, Rows]) -> dict:
+def _student_accuracy(job: Job, teacher: Teacher, prompts: dict[int, dict], answers: dict[int, Rows]) -> dict:
   """How often S(0) and the student of now order held-out answers as the teacher does.
 
   Random pairs are the same for both; mined pairs are each student's own best and worst of the same answers.
@@ -84,7 +85,6 @@ def _student_accuracy(job: Job, prompts: dict[int, dict], answers: dict[int, Row
   items = [engine.encode(prompts[i]["prompt"], choices) for i, choices in texts.items()]
   random = [random_pairs(range(len(texts[i])), RANDOM_PAIRS, (job.config.seed, i)) for i in texts]
   out: dict[str, dict[str, float]] = {"student_accuracy_mined": {}, "student_accuracy_random": {}}
-  teacher = build_teacher(job.config.teacher)
   for name in ("initial", "now"):
     params = job.load(engine.model, job.reads[f"student_{name}"])
     scores = dict(engine.score(params, items))

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 from tsalign_jax.data.tables import VERDICTS, Rows, read_table, to_prompt, write_table
-from tsalign_jax.stages.base import Counts, Job, shards
+from tsalign_jax.stages.base import Counts, Job, gathered, shards
 from tsalign_jax.teachers.build import build_teacher
 from tsalign_jax.types import CandidatePair
 
@@ -26,7 +26,7 @@ def judge(job: Job) -> Counts:
       ]
       write_table(file, _rows(groups[index], teacher.judge(pairs)), VERDICTS)
       advance(len(pairs), "")
-  table = [row for index in range(len(groups)) for row in read_table(job.partial / f"{index:05d}.parquet")]
+  table = gathered(job, len(groups))
   write_table(job.writes["verdicts"], table, VERDICTS)
   return {"teacher": teacher.identity, "verdicts": dict(sorted(Counter(row["verdict"] for row in table).items()))}
 

@@ -5,7 +5,7 @@ from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.tables import RESPONSES, Rows, read_table, write_table
 from tsalign_jax.sampling.engine import Sampled, build_sampler
 from tsalign_jax.seeding import derived_seed
-from tsalign_jax.stages.base import Counts, Job, shards
+from tsalign_jax.stages.base import Counts, Job, gathered, shards
 from tsalign_jax.types import Rollout, UserError
 
 
@@ -31,7 +31,7 @@ def sample(job: Job) -> Counts:
     for (index, file), answers in zip(missing, sampler.run(params, todo, job.key), strict=True):
       write_table(file, _rows(groups[index], answers, chat), RESPONSES)
       advance(len(answers) * sampling.responses, "")
-  rows = [row for index in range(len(groups)) for row in read_table(job.partial / f"{index:05d}.parquet")]
+  rows = gathered(job, len(groups))
   rows.sort(key=lambda row: (row["prompt_id"], row["response_id"]))
   expected = sorted((row["prompt_id"], k) for row in prompts for k in range(sampling.responses))
   if [(row["prompt_id"], row["response_id"]) for row in rows] != expected:
