@@ -101,7 +101,9 @@ class Sampling(Section):
   max_new_tokens: Count = 256
   """Longest response in tokens."""
   batch_prompts: Count = 16
-  """Prompts sampled at once; each has K branches."""
+  """Prompts in device memory at once."""
+  lanes: Count | None = None
+  """Responses of one prompt that grow at once; fewer than K waste less on long ones. null: all K."""
 
   @model_validator(mode="after")
   def _at_least_two(self):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsalign_jax.config import Sampling
-from tsalign_jax.sampling.draw import draw, filtered_probs, keep_min_p, keep_top_k, keep_top_p
+from tsalign_jax.sampling.draw import draw, keep_min_p, keep_top_k, keep_top_p
 
 probabilities = st.lists(st.floats(1e-6, 1.0), min_size=2, max_size=40).map(
   lambda values: np.asarray(values, np.float32) / np.float32(sum(values))
@@ -45,16 +45,30 @@ def test_min_p_keeps_what_is_near_the_likeliest(probs, share):
   assert kept(keep_min_p(jnp.asarray(probs)[None], share)[0]) == expected
 
 
+def exact(logits, sampling: Sampling) -> np.ndarray:
+  """The distribution to draw from, by sorting: temperature, then top-k, top-p and min-p."""
+  probs = np.exp(np.asarray(logits, np.float64) / sampling.temperature)
+  probs /= probs.sum()
+  order = np.argsort(-probs)
+  if sampling.top_k:
+    probs[order[sampling.top_k :]] = 0
+  before = np.cumsum(probs[order]) - probs[order]
+  probs[order[before >= sampling.top_p * probs.sum()]] = 0
+  probs[probs < sampling.min_p * probs.max()] = 0
+  return probs / probs.sum()
+
+
 @pytest.mark.parametrize("vocab", [5, 256, 700])
-def test_tokens_come_with_their_probabilities(vocab):
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 20, "min_p": 0.02}])
+def test_tokens_come_with_their_probabilities(vocab, options):
   """Chi-square over 20,000 draws; blocks of the two-level sum are full, partial or single."""
   random = np.random.default_rng(0)
   logits = jnp.asarray(random.normal(0, 2, vocab), jnp.float32)
-  sampling = Sampling(temperature=0.7, top_p=0.9)
+  sampling = Sampling(**options)
   keys = jax.random.split(jax.random.key(1), 20_000)
-  tokens = jax.jit(jax.vmap(lambda key: draw(logits, key, sampling)))(keys)
-  probs = np.asarray(filtered_probs(logits, sampling), np.float64)
-  probs /= probs.sum()
+  tokens, logprobs = jax.jit(jax.vmap(lambda key: draw(logits, key, sampling)))(keys)
+  np.testing.assert_allclose(logprobs, jax.nn.log_softmax(logits)[tokens], rtol=1e-5, atol=1e-5)
+  probs = exact(logits, sampling)
   counts = np.bincount(tokens, minlength=vocab)
   assert counts[probs == 0].sum() == 0
   expected = 20_000 * probs[probs > 0]
@@ -67,4 +81,4 @@ def test_tokens_come_with_their_probabilities(vocab):
 def test_a_certain_token_is_always_drawn():
   logits = jnp.full((64, 1000), -1e9).at[jnp.arange(64), jnp.arange(64) * 15].set(0.0)
   keys = jax.random.split(jax.random.key(2), 64)
-  assert (draw(logits, keys, Sampling()) == jnp.arange(64) * 15).all()
+  assert (draw(logits, keys, Sampling())[0] == jnp.arange(64) * 15).all()

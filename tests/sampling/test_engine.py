@@ -1,23 +1,25 @@
 """Sampling against a brute-force loop, and what it must not depend on."""
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 import torch
+from hypothesis import strategies as st
 
 from tsalign_jax.config import Policy, Sampling
 from tsalign_jax.models.loading import language_model
 from tsalign_jax.sampling.draw import draw
-from tsalign_jax.sampling.engine import branch_keys, build_sampler
+from tsalign_jax.sampling.engine import branch_keys, build_sampler, prompt_widths
 from tsalign_jax.types import Finish
 
 STOP = (2, 5)
 SAMPLING = Sampling(responses=3, max_new_tokens=12, batch_prompts=4, temperature=0.8, top_p=0.95)
 PROMPTS = [(7, [5, 6, 7]), (11, [9, 10, 11, 12, 13]), (13, [20]), (17, [30, 31]), (19, [40, 41, 42])]
 KEY = jax.random.key(0)
-one_token = jax.jit(lambda logits, key: draw(logits, key, SAMPLING))
+one_token = jax.jit(lambda logits, key: draw(logits, key, SAMPLING)[0])
 
 
 @pytest.fixture(params=["unrolled", "stacked"])
@@ -29,18 +31,18 @@ def handle(folder, layout="unrolled"):
   return language_model(Policy(path=folder, dtype="float32", layout=layout))
 
 
-def sample(model, mesh, groups, sampling=SAMPLING):
-  sampler = build_sampler(model, mesh, sampling, STOP)
-  return [row for group in sampler.run(model.load(mesh), groups, KEY) for row in group]
+def sample(model, mesh, prompts, sampling=SAMPLING, done=(), stop=STOP):
+  sampler = build_sampler(model, mesh, sampling, stop)
+  return dict(pair for harvest in sampler.run(model.load(mesh), prompts, KEY, done) for pair in harvest)
 
 
 @pytest.mark.parametrize("family", tiny.DECODERS)
 def test_sampling_equals_a_loop_over_the_whole_sequence(family, layout, tmp_path, one_device):
   peer = tiny.decoder(family, tmp_path)
-  ours = sample(handle(tmp_path, layout), one_device, [PROMPTS[:2]])
-  for (prompt_id, prompt), responses in zip(PROMPTS, ours, strict=False):
-    keys = branch_keys(KEY, jnp.asarray([prompt_id]), 3)[0]
-    for key, response in zip(keys, responses, strict=True):
+  ours = sample(handle(tmp_path, layout), one_device, PROMPTS[:2], SAMPLING.model_copy(update={"lanes": 2}))
+  for prompt_id, prompt in PROMPTS[:2]:
+    keys = branch_keys(KEY, jnp.asarray([prompt_id]), jnp.arange(3)[None])[0]
+    for key, response in zip(keys, ours[prompt_id], strict=True):
       tokens, logprob = list(prompt), 0.0
       for step in range(SAMPLING.max_new_tokens):
         logits = peer(torch.tensor([tokens])).logits[0, -1].detach()
@@ -54,39 +56,75 @@ def test_sampling_equals_a_loop_over_the_whole_sequence(family, layout, tmp_path
       assert response.finish == (Finish.STOP if tokens[-1] in STOP else Finish.LENGTH)
 
 
-def test_responses_do_not_depend_on_grouping_or_batch_size(tmp_path, one_device):
-  tiny.decoder("llama", tmp_path)
-  model = handle(tmp_path)
-  together = sample(model, one_device, [PROMPTS[:4], PROMPTS[4:]])
-  apart = sample(model, one_device, [PROMPTS[4:], PROMPTS[2:4], PROMPTS[:2]])
-  alone = sample(model, one_device, [[p] for p in PROMPTS], SAMPLING.model_copy(update={"batch_prompts": 1}))
-  assert _close(together, apart[3:] + apart[1:3] + apart[:1])
-  assert _close(together, alone)
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("llama")
+  tiny.decoder("llama", folder)
+  return handle(folder)
 
 
-def test_sampling_over_eight_devices_equals_one(tmp_path, one_device, eight_devices):
-  tiny.decoder("llama", tmp_path)
-  model = handle(tmp_path)
-  assert _close(sample(model, eight_devices, [PROMPTS[:4]]), sample(model, one_device, [PROMPTS[:4]]))
+@pytest.fixture(scope="module")
+def expected(llama, one_device):
+  """Every prompt sampled on its own."""
+  alone = SAMPLING.model_copy(update={"batch_prompts": 1})
+  return {i: sample(llama, one_device, [(i, tokens)], alone)[i] for i, tokens in PROMPTS}
 
 
-def test_a_batch_of_finished_branches_stops_early(tmp_path, one_device):
-  tiny.decoder("llama", tmp_path)
-  model = handle(tmp_path)
+@hypothesis.settings(max_examples=12, deadline=None)
+@hypothesis.given(order=st.permutations(PROMPTS), slots=st.integers(1, 3), lanes=st.integers(1, 3), skipped=st.data())
+def test_responses_do_not_depend_on_order_slots_lanes_or_what_is_done(
+  llama, expected, one_device, order, slots, lanes, skipped
+):
+  done = skipped.draw(st.sets(st.sampled_from([i for i, _ in PROMPTS])))
+  setting = SAMPLING.model_copy(update={"batch_prompts": slots, "lanes": lanes})
+  ours = sample(llama, one_device, order, setting, done)
+  assert ours.keys() == {i for i, _ in PROMPTS} - done
+  assert _close(ours, expected)
+
+
+def test_sampling_over_eight_devices_equals_one(llama, expected, eight_devices):
+  assert _close(sample(llama, eight_devices, PROMPTS), expected)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 8, 9, 17])
+def test_no_response_is_longer_than_the_limit(llama, one_device, limit):
+  setting = SAMPLING.model_copy(update={"max_new_tokens": limit, "lanes": 2})
+  shorter = sample(llama, one_device, PROMPTS, setting, stop=())
+  longer = sample(llama, one_device, PROMPTS, setting.model_copy(update={"max_new_tokens": 20}), stop=())
+  for i, responses in shorter.items():
+    assert [r.tokens for r in responses] == [r.tokens[:limit] for r in longer[i]]
+    assert all(r.finish == Finish.LENGTH for r in responses)
+
+
+def test_a_continued_run_repeats_bfloat16_samples_bit_for_bit(tmp_path, one_device):
+  tiny.decoder("qwen3", tmp_path)
+  model = language_model(Policy(path=tmp_path, dtype="bfloat16"))
+  setting = SAMPLING.model_copy(update={"batch_prompts": 2, "lanes": 2})
+  whole = sample(model, one_device, PROMPTS, setting)
+  rest = sample(model, one_device, PROMPTS[::-1], setting, done={7, 13})
+  assert rest == {i: responses for i, responses in whole.items() if i not in {7, 13}}
+
+
+def test_branches_that_have_ended_do_not_go_on(llama, one_device):
   every = tuple(range(97))  # whatever is drawn first ends the response
-  sampler = build_sampler(model, one_device, SAMPLING, every)
-  (group,) = sampler.run(model.load(one_device), [PROMPTS[:4]], KEY)
-  assert all(len(r.tokens) == 1 and r.finish == Finish.STOP for row in group for r in row)
+  responses = sample(llama, one_device, PROMPTS, stop=every)
+  assert all(len(r.tokens) == 1 and r.finish == Finish.STOP for row in responses.values() for r in row)
 
 
-def test_different_branches_and_prompts_get_different_responses(tmp_path, one_device):
-  tiny.decoder("llama", tmp_path)
-  rows = sample(handle(tmp_path), one_device, [[(1, [5, 6]), (2, [5, 6])]])
-  texts = {tuple(response.tokens) for row in rows for response in row}
+def test_different_branches_and_prompts_get_different_responses(llama, one_device):
+  rows = sample(llama, one_device, [(1, [5, 6]), (2, [5, 6])])
+  texts = {tuple(response.tokens) for row in rows.values() for response in row}
   assert len(texts) == 6
 
 
-def _close(a, b):
-  pairs = [(x, y) for row_a, row_b in zip(a, b, strict=True) for x, y in zip(row_a, row_b, strict=True)]
+def test_prompts_share_widths_unless_there_are_enough_to_fill_the_slots():
+  assert prompt_widths([10, 20, 40, 50, 100], slots=1) == {10: 32, 20: 32, 40: 64, 50: 64, 100: 128}
+  assert prompt_widths([10, 20, 40, 50, 100], slots=2) == {10: 32, 20: 32, 40: 64, 50: 64, 100: 128}
+  assert prompt_widths([10, 40, 50, 100], slots=2) == {10: 64, 40: 64, 50: 64, 100: 128}
+  assert set(prompt_widths([10, 40, 50, 100], slots=8).values()) == {128}
+
+
+def _close(ours, expected):
+  pairs = [pair for i in ours for pair in zip(ours[i], expected[i], strict=True)]
   same = all(x.tokens == y.tokens and x.finish == y.finish for x, y in pairs)
   return same and np.allclose([x.logprob for x, _ in pairs], [y.logprob for _, y in pairs], atol=1e-4)

@@ -41,9 +41,11 @@ def test_greedy_decoding_equals_transformers_token_for_token(folder, one_device)
   prompts = [chat.prompt_tokens([{"role": "user", "content": question}]) for question in QUESTIONS]
   greedy = Sampling(responses=2, top_k=1, max_new_tokens=64, batch_prompts=8)
   sampler = build_sampler(model, one_device, greedy, chat.stop_tokens)
-  (ours,) = sampler.run(model.load(one_device), [list(enumerate(prompts))], jax.random.key(0))
+  harvests = sampler.run(model.load(one_device), list(enumerate(prompts)), jax.random.key(0))
+  answers = dict(pair for harvest in harvests for pair in harvest)
 
   peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-  for prompt, (first, second) in zip(prompts, ours, strict=True):
+  for index, prompt in enumerate(prompts):
+    first, second = answers[index]
     output = peer.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[0, len(prompt) :].tolist()
     assert first.tokens == second.tokens == output

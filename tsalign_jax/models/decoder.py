@@ -22,6 +22,8 @@ FAR = 1 << 30  # a window no sequence reaches: "none", where windows differ by l
 class Attend(Protocol):
   """How queries meet keys: over a whole `Branches` batch, or against a cache that one decoding step extends."""
 
+  positions: int  # no token's position reaches it
+
   def __call__(self, query, key, value, *, masking: Masking, layer, cache):
     """The output, shaped like query [batch, tokens, heads, head_dim], and the cache with what this layer adds."""
     ...
@@ -119,7 +121,7 @@ class Decoder(nnx.Module):
     x = self.embed_tokens(tokens, dtype)
     if self.config.gemma:
       x = x * jnp.asarray(self.config.embed**0.5, dtype)
-    turns = [rotation(rope, self.config.head_dim, position) for rope in self.config.ropes]
+    turns = [rotation(rope, self.config.head_dim, position, attend.positions) for rope in self.config.ropes]
     run = self._run_unrolled if isinstance(self.layers, nnx.List) else self._run_stacked
     x, cache = run(x, turns, attend, cache, remat)
     return self.norm(x), cache

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tsalign_jax.models.config import EncoderConfig
 from tsalign_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, Rotation, rotate, rotation
-from tsalign_jax.ops.einsum import wide_einsum
+from tsalign_jax.ops.einsum import wide_matmul
 from tsalign_jax.types import UserError
 
 MASKED = -1e30  # finite, so that a query with no visible key averages what is there and does not become NaN
@@ -134,7 +134,7 @@ class Encoder(nnx.Module):
 
   def _attends(self, mask) -> list[Attend]:
     position = jnp.arange(mask.shape[1])
-    turns = [rotation(rope, self.config.head_dim, position[None]) for rope in self.config.ropes]
+    turns = [rotation(rope, self.config.head_dim, position[None], position.shape[0]) for rope in self.config.ropes]
     visible = {window: _visible(mask, window) for window in set(self.config.windows)}
     return [
       functools.partial(attention, visible=visible[window], turn=None if rope is None else turns[rope])
@@ -158,11 +158,11 @@ def attention(
   """Softmax attention of each query over the keys it may see; `turn` rotates queries and keys by position."""
   if turn is not None:
     query, key = rotate(query, turn), rotate(key, turn)
-  logits = wide_einsum("rqhd,rkhd->rhqk", query, key)
+  query, key, value = (jnp.swapaxes(array, 1, 2) for array in (query, key, value))
+  logits = wide_matmul(query, jnp.swapaxes(key, -1, -2))
   logits = jnp.where(visible[:, None], logits * query.shape[-1] ** -0.5, MASKED)
   weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-  out = wide_einsum("rhqk,rkhd->rqhd", weights, value)
-  return out.astype(query.dtype)
+  return jnp.swapaxes(wide_matmul(weights, value), 1, 2).astype(query.dtype)
 
 
 def _visible(mask, window: int | None) -> Bool[Array, "rows #length length"]:

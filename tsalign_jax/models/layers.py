@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -50,7 +51,7 @@ class Linear(nnx.Module):
 def _contract(x, kernel, inputs: int):
   # As one plain matrix product: that is what CPUs have a fast bfloat16 path for.
   batch = x.shape[: x.ndim - inputs]
-  matrix = kernel.astype(x.dtype).reshape(math.prod(kernel.shape[:inputs]), -1)
+  matrix = kernel.reshape(math.prod(kernel.shape[:inputs]), -1)
   product = wide_dot(x.reshape(*batch, -1), matrix)
   return product.astype(x.dtype).reshape(*batch, *kernel.shape[inputs:])
 
@@ -105,18 +106,22 @@ class Rotation(NamedTuple):
   sin: Float[Array, "batch tokens half_head_dim"]
 
 
-def rotation(rope: Rope, head_dim: int, position: Int[Array, "batch tokens"]) -> Rotation:
-  """Cosines and sines of the rotary embedding at these positions (Su et al. 2021; stretched as in Llama 3.1)."""
-  frequency = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+def rotation(rope: Rope, head_dim: int, position: Int[Array, "batch tokens"], positions: int) -> Rotation:
+  """Cosines and sines of the rotary embedding at positions below `positions` (Su et al. 2021).
+
+  They are looked up in a table that is made while the program is: computed in it, XLA would compute them again for
+  every layer and every head.
+  """
+  frequency = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
   if rope.kind == "linear":
     frequency = frequency / rope.factor
-  elif rope.kind == "llama3":
-    turns = rope.original_positions * frequency / (2 * jnp.pi)
+  elif rope.kind == "llama3":  # stretched as in Llama 3.1
+    turns = rope.original_positions * frequency / (2 * np.pi)
     smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    smooth = jnp.clip(smooth, 0.0, 1.0)
+    smooth = np.clip(smooth, 0.0, 1.0)
     frequency = (1 - smooth) * frequency / rope.factor + smooth * frequency
-  angle = position[..., None].astype(jnp.float32) * frequency
-  return Rotation(jnp.cos(angle), jnp.sin(angle))
+  angle = np.arange(positions, dtype=np.float32)[:, None] * frequency.astype(np.float32)
+  return Rotation(jnp.asarray(np.cos(angle))[position], jnp.asarray(np.sin(angle))[position])
 
 
 def rotate(x: Float[Array, "batch tokens heads head_dim"], turn: Rotation):

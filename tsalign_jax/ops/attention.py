@@ -1,12 +1,14 @@
 """Attention of branch tokens to [their shared trunk | their own branch], without a key for any sibling."""
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tsalign_jax.ops.einsum import wide_einsum
+from tsalign_jax.ops.einsum import wide_matmul
 from tsalign_jax.types import Branches
 
 MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
@@ -15,11 +17,11 @@ MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not 
 class Keys(NamedTuple):
   """Keys and values with the position of each and whether it is a real token.
 
-  The trunk has no K axis: its keys and values exist once for all the branches of a prompt. Heads come before
-  length, which is how batched matrix products read them: a cache in this layout is never transposed.
+  The trunk has no K axis: its keys and values exist once for all the branches of a prompt. Both are laid out as
+  batched matrix products read them, keys with head_dim before length: a cache in this layout is never transposed.
   """
 
-  key: Float[Array, "batch *k kv_heads length head_dim"]
+  key: Float[Array, "batch *k kv_heads head_dim length"]
   value: Float[Array, "batch *k kv_heads length head_dim"]
   position: Int[Array, "batch *k length"]
   valid: Bool[Array, "batch *k length"]
@@ -36,34 +38,56 @@ class Masking(NamedTuple):
 def attend(
   query: Float[Array, "batch k length heads head_dim"],
   position: Int[Array, "batch k length"],
-  own: Keys,
+  own: Sequence[Keys],
   trunk: Keys | None,
   masking: Masking,
 ) -> Float[Array, "batch k length heads head_dim"]:
   """Softmax attention of each query over its trunk and its own branch, causal by position.
 
-  The two parts are computed apart and joined in the softmax, so the trunk's keys are read once for all branches
-  and nothing is copied to make one long row of keys.
+  The parts are met apart and joined in the softmax, so the trunk's keys are read once for all branches, and nothing
+  is copied to make one long row of keys.
   """
-  batch, k, length, _, head_dim = query.shape
-  grouped = query.reshape(batch, k, length, own.key.shape[2], -1, head_dim)
-  own_logits = _cap(wide_einsum("bkqhgd,bkhsd->bkhqgs", grouped, own.key), masking)
-  own_logits = jnp.where(_visible(position, own, masking)[:, :, None, :, None], own_logits, MASKED)
-  highest = jnp.maximum(own_logits.max(-1), MASKED / 2)
+  batch, k, length, heads, head_dim = query.shape
+  kv_heads = own[0].key.shape[2]
+  grouped = query.reshape(batch, k, length, kv_heads, heads // kv_heads, head_dim)
+  rows = jnp.swapaxes(grouped, 2, 3).reshape(batch, k, kv_heads, -1, head_dim)  # rows that meet the same keys
+  parts = [_meet(rows, keys, _visible(position, keys, masking), masking) for keys in own]
   if trunk is not None:
-    trunk_logits = _cap(wide_einsum("bkqhgd,bhsd->bhkqgs", grouped, trunk.key), masking)
-    trunk_logits = jnp.where(_visible(position, trunk, masking)[:, None, :, :, None], trunk_logits, MASKED)
-    highest = jnp.maximum(highest, jnp.moveaxis(trunk_logits.max(-1), 1, 2))
-  highest = jax.lax.stop_gradient(highest)
-  weights = jnp.exp(own_logits - highest[..., None])
-  total = weights.sum(-1)
-  out = wide_einsum("bkhqgs,bkhsd->bkqhgd", weights.astype(own.value.dtype), own.value)
-  if trunk is not None:
-    weights = jnp.exp(trunk_logits - jnp.moveaxis(highest, 2, 1)[..., None])
-    total = total + jnp.moveaxis(weights.sum(-1), 1, 2)
-    out = out + wide_einsum("bhkqgs,bhsd->bkqhgd", weights.astype(trunk.value.dtype), trunk.value)
-  out = out / jnp.maximum(jnp.moveaxis(total, 2, 3)[..., None], 1e-30)
+    # The trunk's keys are met by the queries of all its branches at once.
+    visible = _visible(position, trunk, masking).reshape(batch, k * length, -1)
+    by_trunk = jnp.swapaxes(rows, 1, 2).reshape(batch, kv_heads, -1, head_dim)
+    met = _meet(by_trunk, trunk, visible, masking)
+    apart = (array.reshape(batch, kv_heads, k, -1, *array.shape[3:]) for array in met)
+    parts.append(_Met(*(jnp.swapaxes(array, 1, 2) for array in apart)))
+  met = functools.reduce(_join, parts)
+  out = met.out / jnp.maximum(met.total, 1e-30)[..., None]
+  out = jnp.swapaxes(out.reshape(batch, k, kv_heads, length, -1, head_dim), 2, 3)
   return out.reshape(query.shape).astype(query.dtype)
+
+
+class _Met(NamedTuple):
+  """What rows of queries take from some keys: values summed with weights exp(logit - highest), and these weights."""
+
+  out: Float[Array, "*batch rows head_dim"]
+  total: Float[Array, "*batch rows"]
+  highest: Float[Array, "*batch rows"]
+
+
+def _meet(rows, keys: Keys, visible: Bool[Array, "*batch length key"], masking: Masking) -> _Met:
+  logits = _cap(wide_matmul(rows, keys.key), masking)
+  by_length = logits.reshape(*logits.shape[:-2], visible.shape[-2], -1, logits.shape[-1])
+  logits = jnp.where(visible[..., None, :, None, :], by_length, MASKED).reshape(logits.shape)
+  highest = jax.lax.stop_gradient(jnp.maximum(logits.max(-1), MASKED / 2))
+  weights = jnp.exp(logits - highest[..., None])
+  return _Met(wide_matmul(weights.astype(keys.value.dtype), keys.value), weights.sum(-1), highest)
+
+
+def _join(a: _Met, b: _Met) -> _Met:
+  """Both sets of keys in one softmax."""
+  highest = jnp.maximum(a.highest, b.highest)
+  of_a, of_b = jnp.exp(a.highest - highest), jnp.exp(b.highest - highest)
+  out = a.out * of_a[..., None] + b.out * of_b[..., None]
+  return _Met(out, a.total * of_a + b.total * of_b, highest)
 
 
 def _cap(logits, masking: Masking):
@@ -89,19 +113,18 @@ class TrunkAndBranches:
   def __init__(self, batch: Branches):
     self.shape = batch.branches.shape
     self.prompt = batch.trunk.shape[1]
+    self.positions = self.prompt + self.shape[2]
     self.trunk_mask, self.branch_mask = batch.trunk_mask, batch.branch_mask
     self.trunk_position, self.branch_position = positions(batch)
 
   def __call__(self, query, key, value, *, masking: Masking, layer, cache):
     """The attention output [batch, tokens, heads, head_dim], and the cache as it came (there is none to keep)."""
-    trunk = Keys(
-      heads_first(key[:, : self.prompt]), heads_first(value[:, : self.prompt]), self.trunk_position, self.trunk_mask
-    )
+    trunk = Keys(*lay_out(key[:, : self.prompt], value[:, : self.prompt]), self.trunk_position, self.trunk_mask)
     out = attend_trunk(query[:, : self.prompt], trunk, masking)
     if self.shape[1]:
       branch = [self._branches(array) for array in (query, key, value)]
-      own = Keys(heads_first(branch[1]), heads_first(branch[2]), self.branch_position, self.branch_mask)
-      branch_out = attend(branch[0], self.branch_position, own, trunk, masking)
+      own = Keys(*lay_out(*branch[1:]), self.branch_position, self.branch_mask)
+      branch_out = attend(branch[0], self.branch_position, [own], trunk, masking)
       out = jnp.concatenate([out, branch_out.reshape(out.shape[0], -1, *out.shape[2:])], axis=1)
     return out, cache
 
@@ -109,15 +132,17 @@ class TrunkAndBranches:
     return array[:, self.prompt :].reshape(*self.shape, *array.shape[2:])
 
 
-def heads_first(array: Float[Array, "batch *k length heads head_dim"]):
-  """Keys or values as a cache holds them: [batch, *k, heads, length, head_dim]."""
-  return jnp.swapaxes(array, -3, -2)
+def lay_out(
+  key: Float[Array, "batch *k length heads head_dim"], value: Float[Array, "batch *k length heads head_dim"]
+) -> tuple[Float[Array, "batch *k heads head_dim length"], Float[Array, "batch *k heads length head_dim"]]:
+  """Keys and values as `Keys` and caches hold them."""
+  return jnp.moveaxis(key, -3, -1), jnp.swapaxes(value, -3, -2)
 
 
 def attend_trunk(query: Float[Array, "batch prompt heads head_dim"], trunk: Keys, masking: Masking):
   """Causal self-attention of the trunk: one branch that has no trunk of its own."""
   own = Keys(*(array[:, None] for array in trunk))
-  return attend(query[:, None], own.position, own, None, masking)[:, 0]
+  return attend(query[:, None], own.position, [own], None, masking)[:, 0]
 
 
 def positions(batch: Branches) -> tuple[Int[Array, "batch prompt"], Int[Array, "batch k response"]]:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tsalign_jax.ops.einsum import wide_dot
+from tsalign_jax.ops.einsum import sum_exp, wide_dot
 
 
 def token_logprobs(
@@ -34,7 +34,9 @@ def token_logprobs(
       logits = softcap * jnp.tanh(logits / softcap)
     # A masked sum and not a gather: it stays local where the vocabulary is sharded, and its gradient is no scatter.
     is_target = jnp.arange(logits.shape[-1]) == targets[:, None]
-    return jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+    highest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    logits = logits - highest
+    return jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1) - jnp.log(sum_exp(logits))
 
   if unroll:
     parts = [of_chunk(*pair) for pair in zip(hidden, targets, strict=True)]

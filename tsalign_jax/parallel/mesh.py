@@ -76,10 +76,14 @@ def put_batch(batch, mesh: Mesh):
   return jax.tree.map(put, batch)
 
 
-def constrain_batch(array: jax.Array, mesh: Mesh) -> jax.Array:
-  """The same array, its first axis constrained to the batch axes of the mesh: for activations inside a program."""
-  axes = ("batch", *[None] * (array.ndim - 1))
+def constrain(array: jax.Array, axes: Sequence[str | None], mesh: Mesh) -> jax.Array:
+  """The same array, constrained to live where its logical axes say: for activations inside a program."""
   return jax.lax.with_sharding_constraint(array, sharding(axes, array.shape, mesh))
+
+
+def constrain_batch(array: jax.Array, mesh: Mesh) -> jax.Array:
+  """The same array, its first axis constrained to the batch axes of the mesh."""
+  return constrain(array, ("batch", *[None] * (array.ndim - 1)), mesh)
 
 
 def batch_ways(mesh: Mesh) -> int:

@@ -2,24 +2,32 @@
 
 A cache is a tuple with one entry a layer (unrolled layers), or one pytree whose arrays lead with a layer axis
 (stacked layers: the scan carries it whole, so that no step copies it).
+
+Branches differ in length, and to write one column of each would be a scatter, or a pass over the whole cache. So all
+branches begin at multiples of PHASE steps: the tokens of the current phase lie in the same columns of a small cache,
+`recent`, and move to their own columns in the large one, `own`, together at the end of the phase.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tsalign_jax.models.config import DecoderConfig
 from tsalign_jax.models.decoder import Layout
-from tsalign_jax.ops.attention import Keys, Masking, attend, attend_trunk, heads_first, positions
+from tsalign_jax.ops.attention import Keys, Masking, attend, attend_trunk, lay_out, positions
+from tsalign_jax.parallel.mesh import constrain
 from tsalign_jax.types import Branches
+
+PHASE = 8  # tokens
 
 
 class KV(NamedTuple):
-  """Keys and values of some tokens, heads before length."""
+  """Keys and values of some tokens, as `Keys` has them."""
 
-  key: Float[Array, "batch *k kv_heads length head_dim"]
+  key: Float[Array, "batch *k kv_heads head_dim length"]
   value: Float[Array, "batch *k kv_heads length head_dim"]
 
 
@@ -28,10 +36,12 @@ Cache = tuple[KV, ...] | KV
 
 def empty_cache(config: DecoderConfig, layout: Layout, lead: tuple[int, ...], length: int, dtype) -> Cache:
   """A cache of zeros for every layer; `lead` is (batch,) for trunks and (batch, k) for branches."""
-  shape = (*lead, config.kv_heads, length, config.head_dim)
-  if layout == "stacked":
-    return KV(*(jnp.zeros((config.layers, *shape), dtype) for _ in range(2)))
-  return tuple(KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers))
+  lead = (config.layers, *lead, config.kv_heads) if layout == "stacked" else (*lead, config.kv_heads)
+
+  def layer() -> KV:
+    return KV(jnp.zeros((*lead, config.head_dim, length), dtype), jnp.zeros((*lead, length, config.head_dim), dtype))
+
+  return layer() if layout == "stacked" else tuple(layer() for _ in range(config.layers))
 
 
 def read(cache: Cache, layer) -> KV:
@@ -46,42 +56,105 @@ def write(cache: Cache, layer, entry: KV) -> Cache:
   return KV(*(array.at[layer].set(new) for array, new in zip(cache, entry, strict=True)))
 
 
+def batch_axis(cache: Cache) -> int:
+  """Which axis of its arrays counts rows of the batch."""
+  return int(isinstance(cache, KV))
+
+
+def constrain_cache(cache: Cache, mesh: Mesh) -> Cache:
+  """The same cache, its rows and heads split over the mesh."""
+  lead = ("layers",) * batch_axis(cache)
+
+  def place(array):
+    between = (None,) * (array.ndim - len(lead) - 4)
+    return constrain(array, (*lead, "batch", *between, "kv_heads", None, None), mesh)
+
+  return jax.tree.map(place, cache)
+
+
 class Prefill:
   """Self-attention of the trunks that leaves their keys and values in the cache."""
 
   def __init__(self, batch: Branches):
-    self.mask = batch.trunk_mask
+    self.mask, self.positions = batch.trunk_mask, batch.trunk.shape[1]
     self.position, _ = positions(batch)
 
   def __call__(self, query, key, value, *, masking: Masking, layer, cache: Cache):
     """The attention output [batch, prompt, heads, head_dim] and the filled cache."""
-    entry = KV(heads_first(key), heads_first(value))
+    entry = KV(*lay_out(key, value))
     out = attend_trunk(query, Keys(*entry, self.position, self.mask), masking)
     return out, write(cache, layer, jax.tree.map(lambda new, old: new.astype(old.dtype), entry, read(cache, layer)))
 
 
 class Decode:
-  """Attention of one new token a branch to [shared trunk | own branch up to now]."""
+  """Attention of one new token a lane to [the trunk it shares | its own earlier phases | this phase up to now].
 
-  def __init__(self, batch: Branches, trunk: Cache, k: int, length: int, step: Int[Array, ""]):
-    rows = batch.trunk.shape[0]
-    self.trunk, self.step, self.k = trunk, step, k
-    self.trunk_mask = batch.trunk_mask
-    self.trunk_position, _ = positions(batch)
-    columns = jnp.broadcast_to(jnp.arange(length), (rows, k, length))
-    self.valid = columns <= step
-    self.position = columns + batch.trunk_length[:, None, None]
-    self.query_position = jnp.broadcast_to(batch.trunk_length[:, None, None] + step, (rows, k, 1))
+  `length` is how many tokens each lane's branch has, the new one included, and 0 where there is no new one. It is the
+  column of the new token, so the first column of a branch stays empty; where it is not 0, it is `offset` modulo PHASE.
+  The cache that is filled is `recent`.
+  """
+
+  def __init__(
+    self,
+    trunk: Cache,
+    own: Cache,
+    trunk_length: Int[Array, "slots"],
+    length: Int[Array, "slots lanes"],
+    offset: Int[Array, ""],
+  ):
+    self.trunk, self.own, self.offset = trunk, own, offset
+    before = jnp.arange(-_columns(trunk), 0) + trunk_length[:, None]
+    self.trunk_position, self.trunk_mask = jnp.maximum(before, 0), before >= 0
+    self.position = trunk_length[:, None] + length - 1
+    self.positions = _columns(trunk) + _columns(own)
+    phase = (length // PHASE * PHASE)[..., None]  # its first column
+    earlier = jnp.broadcast_to(jnp.arange(_columns(own)), (*length.shape, _columns(own)))
+    recent = phase + jnp.arange(PHASE)
+    first = trunk_length[:, None, None] - 1  # the position of column 0
+    self.own_position, self.own_mask = first + earlier, (earlier > 0) & (earlier < phase)
+    self.recent_position, self.recent_mask = first + recent, (recent > 0) & (recent <= length[..., None])
 
   def __call__(self, query, key, value, *, masking: Masking, layer, cache: Cache):
-    """The attention output [batch, k, heads, head_dim] and the cache with this step's keys and values."""
-    entry = read(cache, layer)
-    added = KV(*(self._put(old, new) for old, new in zip(entry, (key, value), strict=True)))
-    own = Keys(*added, self.position, self.valid)
+    """The attention output [slots, lanes, heads, head_dim] and `recent` with this step's keys and values."""
+    cache = self._put(cache, layer, KV(key[..., None], value[..., None, :]))
+    parts = (
+      Keys(*read(self.own, layer), self.own_position, self.own_mask),
+      Keys(*read(cache, layer), self.recent_position, self.recent_mask),
+    )
     trunk = Keys(*read(self.trunk, layer), self.trunk_position, self.trunk_mask)
-    out = attend(query[:, :, None], self.query_position, own, trunk, masking)
-    return out[:, :, 0], write(cache, layer, added)
+    out = attend(query[:, :, None], self.position[..., None], parts, trunk, masking)
+    return out[:, :, 0], cache
 
-  def _put(self, old, new):
-    # [batch, k, heads, head_dim] into column `step` of [batch, k, heads, length, head_dim]
-    return jax.lax.dynamic_update_slice_in_dim(old, new[..., None, :].astype(old.dtype), self.step, axis=3)
+  def _put(self, recent: Cache, layer, new: KV) -> Cache:
+    stacked = isinstance(recent, KV)
+    old = recent if stacked else recent[layer]
+    start = (layer, 0, 0, 0) if stacked else (0, 0, 0)
+    key, value = (part[None] if stacked else part for part in new)
+    entry = KV(
+      jax.lax.dynamic_update_slice(old.key, key.astype(old.key.dtype), (*start, 0, self.offset)),
+      jax.lax.dynamic_update_slice(old.value, value.astype(old.value.dtype), (*start, self.offset, 0)),
+    )
+    return entry if stacked else write(recent, layer, entry)
+
+
+def end_phase(own: Cache, recent: Cache, length: Int[Array, "slots lanes"]) -> Cache:
+  """`own` with the columns of a phase that has ended; `length` is how many tokens each branch has by now.
+
+  What lands in the lane of a branch that ended, or of none, is not read: the next one writes its columns first.
+  """
+  blocks = _columns(own) // PHASE
+  there = jnp.arange(blocks) == (length // PHASE - 1)[..., None]  # [slots, lanes, blocks]
+
+  def move(old: KV, new: KV) -> KV:
+    key = old.key.reshape(*old.key.shape[:-1], blocks, PHASE)
+    value = old.value.reshape(*old.value.shape[:-2], blocks, PHASE, old.value.shape[-1])
+    return KV(
+      jnp.where(there[:, :, None, None, :, None], new.key[..., None, :], key).reshape(old.key.shape),
+      jnp.where(there[:, :, None, :, None, None], new.value[..., None, :, :], value).reshape(old.value.shape),
+    )
+
+  return move(own, recent) if isinstance(own, KV) else tuple(map(move, own, recent))
+
+
+def _columns(cache: Cache) -> int:
+  return jax.tree.leaves(cache)[-1].shape[-2]

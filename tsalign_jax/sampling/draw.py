@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from tsalign_jax.config import Sampling
+from tsalign_jax.ops.einsum import sum_exp
 
 BLOCK = 256  # tokens
 
@@ -46,34 +47,40 @@ def _largest_floor(probs, enough):
   return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
-def filtered_probs(logits: Float[Array, "*rows vocab"], sampling: Sampling) -> Float[Array, "*rows vocab"]:
-  """The distribution drawn from, not normalised: temperature, then top-k, top-p and min-p, as transformers do."""
-  probs = jax.nn.softmax(logits / sampling.temperature, axis=-1)
+def filtered(weights: Float[Array, "*rows vocab"], sampling: Sampling) -> Float[Array, "*rows vocab"]:
+  """Weights of the tokens that may be drawn: top-k, then top-p and min-p, in the order of transformers."""
   if sampling.top_k:
-    probs = keep_top_k(probs, sampling.top_k)
+    weights = keep_top_k(weights, sampling.top_k)
   if sampling.top_p < 1:
-    probs = keep_top_p(probs, sampling.top_p)
+    weights = keep_top_p(weights, sampling.top_p)
   if sampling.min_p:
-    probs = keep_min_p(probs, sampling.min_p)
-  return probs
+    weights = keep_min_p(weights, sampling.min_p)
+  return weights
 
 
-def draw(logits: Float[Array, "*rows vocab"], keys: Key[Array, "*rows"], sampling: Sampling) -> Int[Array, "*rows"]:
-  """One token a row, by inverting the cumulative distribution at one uniform number a row.
+def draw(
+  logits: Float[Array, "*rows vocab"], keys: Key[Array, "*rows"], sampling: Sampling
+) -> tuple[Int[Array, "*rows"], Float[Array, "*rows"]]:
+  """One token a row, and its log-probability at temperature 1 without any filter.
 
-  The sum is accumulated in two levels, over blocks of tokens and then inside the chosen block, because a running
-  sum over the whole vocabulary costs more than several layers of a small model.
+  The cumulative distribution is inverted at one uniform number a row. Its sum is accumulated in two levels, over
+  blocks of tokens and then inside the chosen block, because a running sum over the whole vocabulary costs more than
+  several layers of a small model; nothing is normalised, because what is drawn does not depend on it.
   """
-  probs = filtered_probs(logits, sampling)
-  rows, vocab = probs.shape[:-1], probs.shape[-1]
+  rows, vocab = logits.shape[:-1], logits.shape[-1]
+  shifted = logits - logits.max(-1, keepdims=True)
+  weights = jnp.exp(shifted / sampling.temperature)
+  kept = filtered(weights, sampling)
   uniform = jax.vmap(jax.random.uniform)(keys.reshape(-1)).reshape(rows)
-  blocks = jnp.pad(probs, [(0, 0)] * len(rows) + [(0, -vocab % BLOCK)]).reshape(*rows, -1, BLOCK)
+  blocks = jnp.pad(kept, [(0, 0)] * len(rows) + [(0, -vocab % BLOCK)]).reshape(*rows, -1, BLOCK)
   ends = jnp.cumsum(blocks.sum(-1), axis=-1)
   target = uniform * ends[..., -1]
   block, start = _first_beyond(ends, target)
   inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-  token, _ = _first_beyond(jnp.cumsum(inside, axis=-1), target - start)
-  return (block * BLOCK + token).astype(jnp.int32)
+  within, _ = _first_beyond(jnp.cumsum(inside, axis=-1), target - start)
+  token = (block * BLOCK + within).astype(jnp.int32)
+  total = ends[..., -1] if kept is weights and sampling.temperature == 1 else sum_exp(shifted)
+  return token, jnp.take_along_axis(shifted, token[..., None], axis=-1)[..., 0] - jnp.log(total)
 
 
 def _first_beyond(ends, target):

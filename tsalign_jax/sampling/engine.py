@@ -1,8 +1,20 @@
-"""K responses a prompt: the trunk is prefilled once, its keys are stored once, and the branches grow together."""
+"""K responses a prompt: the trunk is prefilled once, its keys are stored once, and branches grow on lanes.
+
+The device holds a fixed number of slots. A slot is one prompt: its trunk, and some lanes that grow its K branches, a
+lane taking up the next branch when one ends. When a few prompts are complete, the host takes their responses and the
+next prompts move in, so no branch waits for a longer one.
+
+    slot 0   trunk A | lane 0: branch 0 ......| branch 2 ..| branch 4 ...
+                     | lane 1: branch 1 ..| branch 3 .........| (A is complete: prompt C moves in)
+    slot 1   trunk B | lane 0: ...
+
+What a branch becomes depends on its prompt, its number and the key alone: never on slots, lanes or neighbours.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,21 +29,46 @@ from tsalign_jax.models.functional import Params
 from tsalign_jax.models.heads import LanguageModel
 from tsalign_jax.models.loading import ModelHandle
 from tsalign_jax.parallel.mesh import batch_ways, constrain_batch, put_batch
-from tsalign_jax.sampling.cache import Cache, Decode, Prefill, empty_cache
+from tsalign_jax.sampling.cache import (
+  PHASE,
+  Cache,
+  Decode,
+  Prefill,
+  batch_axis,
+  constrain_cache,
+  empty_cache,
+  end_phase,
+)
 from tsalign_jax.sampling.draw import draw
 from tsalign_jax.types import Branches, Finish
 
-PROMPT_MULTIPLE = 32  # prompt widths are rounded up to it, which bounds the number of compilations
-FILLER = -1  # the prompt id of rows that fill up a batch; they are finished from the start
+NARROWEST = 32  # tokens; prompts are padded to it, or to the next power of two, which bounds the number of programs
+EMPTY = -1  # the prompt id of a slot that holds none
 
 
 class Responses(NamedTuple):
-  """What a sampling program returns; tokens after a response's length are zeros."""
+  """Responses as the device holds them, finished or not; tokens after a response's length mean nothing."""
 
-  tokens: Int[Array, "batch k response"]
-  length: Int[Array, "batch k"]
-  logprob: Float[Array, "batch k"]
-  stopped: Bool[Array, "batch k"]
+  tokens: Int[Array, "slots k response"]
+  length: Int[Array, "slots k"]
+  logprob: Float[Array, "slots k"]
+  stopped: Bool[Array, "slots k"]
+
+
+class Slots(NamedTuple):
+  """The state of sampling. `branch` is what each lane grows, K where it rests; `draft` is how far that has come."""
+
+  prompt_id: Int[Array, "slots"]
+  trunk_length: Int[Array, "slots"]
+  trunk: Cache
+  last: Float[Array, "slots embed"]  # the trunk's last hidden state: what the first token of a branch is drawn from
+  begun: Int[Array, "slots"]  # branches, of K
+  branch: Int[Array, "slots lanes"]
+  token: Int[Array, "slots lanes"]
+  own: Cache
+  recent: Cache  # the own keys of the phase that is going on
+  draft: Responses  # a row for each lane
+  done: Responses  # a row for each branch
 
 
 class Sampled(NamedTuple):
@@ -42,111 +79,251 @@ class Sampled(NamedTuple):
   finish: Finish
 
 
-class _Progress(NamedTuple):
-  """The state of the decoding loop after `step` tokens a branch."""
-
-  step: Int[Array, ""]
-  current: Int[Array, "batch k"]
-  out: Responses
-  cache: Cache
+Prompts = Sequence[tuple[int, Sequence[int]]]  # (id, tokens)
 
 
-def branch_keys(key: Key[Array, ""], prompt_ids: Int[Array, "batch"], k: int) -> Key[Array, "batch k"]:
-  """One random key a branch, from the prompt's own id: who else is in the batch changes nothing."""
-  of_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_ids)
-  return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(of_prompt, jnp.arange(k))
+def branch_keys(
+  key: Key[Array, ""], prompt_id: Int[Array, "slots"], branch: Int[Array, "slots lanes"]
+) -> Key[Array, "slots lanes"]:
+  """The random key of each branch, from its prompt's own id and its number."""
+  of_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_id)
+  return _fold(jnp.broadcast_to(of_prompt[:, None], branch.shape), branch)
+
+
+_fold = jax.vmap(jax.vmap(jax.random.fold_in))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampler:
-  """The sampling program of one model, mesh and setting; compiled once for each width of prompts."""
+  """The sampling programs of one model, mesh and setting; compiled once for each width of prompts."""
 
-  program: Callable[[Params, Branches, Int[Array, "batch"], Key[Array, ""]], Responses]
-  rows: int
-  k: int
+  prepare: Callable[[Params], Params]  # parameters as the programs read them
+  empty: Callable[[int], Slots]  # (prompt width) -> slots without prompts
+  admit: Callable[..., Slots]  # (params, slots, trunks, prompt ids, source of each slot) -> slots; donates the slots
+  decode: Callable[..., tuple[Slots, Array]]  # (params, slots, released, wanted, key) -> slots, which are complete
+  slots: int
+  admitted: int  # prompts that move in at once
   mesh: Mesh
 
   def run(
-    self, params: Params, groups: Iterable[Sequence[tuple[int, Sequence[int]]]], key: Key[Array, ""]
-  ) -> Iterator[list[list[Sampled]]]:
-    """For each group of (prompt id, prompt tokens), K responses to each of its prompts."""
-    for group in groups:
-      width = round_up(max(len(tokens) for _, tokens in group), PROMPT_MULTIPLE)
-      filler = [(FILLER, [0])] * (self.rows - len(group))
-      ids, trunks = zip(*group, *filler, strict=True)
-      batch = put_batch(prompts_only(trunks, width), self.mesh)
-      responses = self.program(params, batch, put_batch(np.asarray(ids), self.mesh), key)
-      yield _harvest(jax.device_get(responses), len(group))
+    self, params: Params, prompts: Prompts, key: Key[Array, ""], done: Collection[int] = ()
+  ) -> Iterator[list[tuple[int, list[Sampled]]]]:
+    """(prompt id, its K responses) of a few prompts at a time, as they are completed.
+
+    Prompts whose ids are in `done` are left out; what is sampled for the others is the same with and without them.
+    """
+    params, missing = self.prepare(params), [prompt for prompt in prompts if prompt[0] not in done]
+    widths = prompt_widths([len(tokens) for _, tokens in prompts], self.slots)
+    for width in sorted(set(widths.values()), reverse=True):  # the widest program first: it is the last to surprise
+      waiting = deque(prompt for prompt in missing if widths[len(prompt[1])] == width)
+      if waiting:
+        yield from self._stream(params, waiting, width, key)
+
+  def _stream(self, params: Params, waiting: deque, width: int, key) -> Iterator[list[tuple[int, list[Sampled]]]]:
+    slots, held = self.empty(width), np.full(self.slots, EMPTY)
+    while waiting or (held != EMPTY).any():
+      while waiting and (held == EMPTY).any():
+        slots = self._admit(params, slots, held, waiting, width)
+      wanted = min(self.admitted, len(waiting)) or self.admitted
+      slots, complete = self.decode(params, slots, held == EMPTY, wanted, key)
+      (ready,) = np.nonzero(np.asarray(complete))
+      responses = jax.device_get(slots.done)
+      harvest = [(int(held[slot]), _on_host(responses, slot)) for slot in ready]
+      held[ready] = EMPTY
+      yield harvest
+
+  def _admit(self, params: Params, slots: Slots, held: np.ndarray, waiting: deque, width: int) -> Slots:
+    """Moves the next prompts into empty slots, on the device and in `held`."""
+    source = np.full(self.slots, -1)
+    moving = [(slot, waiting.popleft()) for slot in np.nonzero(held == EMPTY)[0][: min(self.admitted, len(waiting))]]
+    for row, (slot, (prompt_id, _)) in enumerate(moving):
+      source[slot], held[slot] = row, prompt_id
+    trunks = [tokens for _, (_, tokens) in moving] + [[0]] * (self.admitted - len(moving))
+    ids = np.asarray([prompt_id for _, (prompt_id, _) in moving] + [EMPTY] * (self.admitted - len(moving)))
+    return self.admit(params, slots, put_batch(prompts_only(trunks, width), self.mesh), ids, source)
+
+
+def prompt_widths(lengths: Sequence[int], slots: int) -> dict[int, int]:
+  """The width that prompts of each length are padded to: powers of two, but none for too few prompts to fill slots.
+
+  Those join the next wider ones. It is a function of all prompts, so what is left of them is padded as they were.
+  """
+  widths = {length: max(NARROWEST, 1 << (length - 1).bit_length()) for length in lengths}
+  for width in sorted(set(widths.values()))[:-1]:
+    of_width = [length for length in lengths if widths[length] == width]
+    if len(of_width) < slots:
+      wider = min(other for other in widths.values() if other > width)
+      widths |= dict.fromkeys(of_width, wider)
+  return widths
 
 
 @functools.lru_cache(maxsize=8)
 def build_sampler(model: ModelHandle, mesh: Mesh, sampling: Sampling, stop_tokens: tuple[int, ...]) -> Sampler:
-  """The sampler of a model: `sampling.batch_prompts` prompts at once, rounded up to what the mesh divides."""
-  rows = round_up(sampling.batch_prompts, batch_ways(mesh))
-
-  @jax.jit
-  def program(params: Params, batch: Branches, prompt_ids, key) -> Responses:
-    params = jax.tree.map(lambda array: array.astype(model.dtype), params)
-    return _generate(params, batch, prompt_ids, key, model, mesh, sampling, jnp.asarray(stop_tokens))
-
-  return Sampler(program, rows, sampling.responses, mesh)
-
-
-def _generate(
-  params, batch: Branches, prompt_ids, key, model: ModelHandle, mesh, sampling: Sampling, stop_tokens
-) -> Responses:
-  language_model: LanguageModel = model.skeleton.bind(params)
-  head = language_model.head(model.dtype)
-  keys = branch_keys(key, prompt_ids, sampling.responses)
-  shape = keys.shape
-  limit = sampling.max_new_tokens
-  idle = jnp.broadcast_to((prompt_ids == FILLER)[:, None], shape)
-
-  def choose(hidden, progress: _Progress) -> _Progress:
-    """Draws the token at `step` for every branch that goes on, and books it."""
-    logits = language_model.logits(constrain_batch(hidden, mesh), head)
-    step, out = progress.step, progress.out
-    token = draw(logits, jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, step), sampling)
-    logprob = jnp.take_along_axis(logits, token[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
-    going = ~out.stopped
-    token = jnp.where(going, token, 0)
-    out = Responses(
-      tokens=jax.lax.dynamic_update_index_in_dim(out.tokens, token, step, axis=2),
-      length=out.length + going,
-      logprob=out.logprob + jnp.where(going, logprob, 0.0),
-      stopped=out.stopped | jnp.isin(token, stop_tokens) & going,
-    )
-    return _Progress(step + 1, token, out, progress.cache)
-
-  def advance(progress: _Progress) -> _Progress:
-    attend = Decode(batch, trunk, shape[1], limit, progress.step - 1)
-    hidden, cache = language_model.model(
-      progress.current, attend.query_position[..., 0], attend, cache=progress.cache, dtype=model.dtype
-    )
-    return choose(hidden, progress._replace(cache=cache))
-
-  with jax.named_scope("prefill"):
-    prefill = Prefill(batch)
-    trunk = empty_cache(model.config, model.layout, shape[:1], batch.trunk.shape[1], model.dtype)
-    hidden, trunk = language_model.model(batch.trunk, prefill.position, prefill, cache=trunk, dtype=model.dtype)
-  start = Responses(
-    jnp.zeros((*shape, limit), jnp.int32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), idle
+  """The sampler of a model: `sampling.batch_prompts` slots, rounded up to what the mesh divides."""
+  slots = round_up(sampling.batch_prompts, batch_ways(mesh))
+  programs = _Programs(model, mesh, sampling, stop_tokens, slots)
+  return Sampler(
+    jax.jit(programs.prepare),
+    jax.jit(programs.empty, static_argnums=0),
+    jax.jit(programs.admit, donate_argnums=1),
+    jax.jit(programs.decode, donate_argnums=1),
+    slots,
+    min(slots, round_up(max(1, sampling.batch_prompts // 8), batch_ways(mesh))),
+    mesh,
   )
-  own = empty_cache(model.config, model.layout, shape, limit, model.dtype)
-  last = jnp.broadcast_to(hidden[:, -1:], (*shape, hidden.shape[-1]))
-  progress = choose(last, _Progress(jnp.int32(0), jnp.zeros(shape, jnp.int32), start, own))
-  with jax.named_scope("decode"):
-    return jax.lax.while_loop(lambda p: (p.step < limit) & ~p.out.stopped.all(), advance, progress).out
 
 
-def _harvest(responses: Responses, rows: int) -> list[list[Sampled]]:
-  """The responses of the first `rows` prompts as host lists."""
-  out = []
-  for row in range(rows):
-    branches = []
-    for k in range(responses.tokens.shape[1]):
-      tokens = responses.tokens[row, k, : responses.length[row, k]].tolist()
-      finish = Finish.STOP if responses.stopped[row, k] else Finish.LENGTH
-      branches.append(Sampled(tokens, float(responses.logprob[row, k]), finish))
-    out.append(branches)
-  return out
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Programs:
+  """What runs on the device."""
+
+  model: ModelHandle
+  mesh: Mesh
+  sampling: Sampling
+  stop_tokens: tuple[int, ...]
+  slots: int
+
+  @property
+  def lanes(self) -> int:
+    return min(self.sampling.lanes or self.sampling.responses, self.sampling.responses)
+
+  def prepare(self, params: Params) -> Params:
+    """Parameters in the dtype that they are multiplied in, converted once for all calls."""
+    return {name: array.astype(self.model.dtype) for name, array in params.items()}
+
+  def empty(self, width: int) -> Slots:
+    """Slots without prompts; all lanes rest."""
+    slots, lanes, k, limit = self.slots, self.lanes, self.sampling.responses, self.sampling.max_new_tokens
+    cache = functools.partial(empty_cache, self.model.config, self.model.layout, dtype=self.model.dtype)
+    state = Slots(
+      prompt_id=jnp.full(slots, EMPTY),
+      trunk_length=jnp.ones(slots, jnp.int32),
+      trunk=cache(lead=(slots,), length=width),
+      last=jnp.zeros((slots, self.model.config.embed), self.model.dtype),
+      begun=jnp.full(slots, k),
+      branch=jnp.full((slots, lanes), k),
+      token=jnp.zeros((slots, lanes), jnp.int32),
+      own=cache(lead=(slots, lanes), length=round_up(limit, PHASE)),
+      recent=cache(lead=(slots, lanes), length=PHASE),
+      draft=_blank((slots, lanes), limit),
+      done=_blank((slots, k), limit),
+    )
+    return self._constrain(state)
+
+  def admit(self, params: Params, state: Slots, batch: Branches, prompt_ids, source: Int[Array, "slots"]) -> Slots:
+    """Prefills the trunks and puts trunk `source` into each slot; slots with source -1 stay as they are."""
+    with jax.named_scope("prefill"):
+      language_model: LanguageModel = self.model.skeleton.bind(params)
+      prefill, (rows, width) = Prefill(batch), batch.trunk.shape
+      cache = empty_cache(self.model.config, self.model.layout, (rows,), width, self.model.dtype)
+      hidden, cache = language_model.model(batch.trunk, prefill.position, prefill, cache=cache, dtype=self.model.dtype)
+
+    def move(old, new, axis=0):
+      taken = jnp.expand_dims(source >= 0, [a for a in range(old.ndim) if a != axis])
+      return jnp.where(taken, jnp.take(new, jnp.maximum(source, 0), axis=axis), old)
+
+    state = state._replace(
+      prompt_id=move(state.prompt_id, prompt_ids),
+      trunk_length=move(state.trunk_length, batch.trunk_length),
+      trunk=jax.tree.map(functools.partial(move, axis=batch_axis(cache)), state.trunk, cache),
+      last=move(state.last, hidden[:, -1]),
+      begun=jnp.where(source >= 0, 0, state.begun),
+    )
+    return self._constrain(state)
+
+  def decode(self, params: Params, state: Slots, released: Bool[Array, "slots"], wanted, key):
+    """Grows branches until `wanted` prompts are complete, or all; the released slots are empty from now on."""
+    language_model: LanguageModel = self.model.skeleton.bind(params)
+    grow = functools.partial(self._grow, language_model, language_model.head(self.model.dtype), key)
+    state = state._replace(prompt_id=jnp.where(released, EMPTY, state.prompt_id))
+
+    def goes_on(state: Slots):
+      complete, occupied = self._complete(state), state.prompt_id != EMPTY
+      return (complete.sum() < wanted) & (occupied & ~complete).any()
+
+    def phase(state: Slots) -> Slots:
+      state = jax.lax.fori_loop(0, PHASE, grow, self._begin(self._book(state)))
+      return state._replace(own=end_phase(state.own, state.recent, state.draft.length))
+
+    with jax.named_scope("decode"):
+      state = self._book(jax.lax.while_loop(goes_on, phase, state))
+    return self._constrain(state), self._complete(state)
+
+  def _ended(self, state: Slots) -> Bool[Array, "slots lanes"]:
+    return state.draft.stopped | (state.draft.length >= self.sampling.max_new_tokens)
+
+  def _complete(self, state: Slots) -> Bool[Array, "slots"]:
+    k = self.sampling.responses
+    resting = ((state.branch == k) | self._ended(state)).all(-1)
+    return (state.prompt_id != EMPTY) & (state.begun == k) & resting
+
+  def _book(self, state: Slots) -> Slots:
+    """Moves what lanes have ended from `draft` to `done`; those lanes rest."""
+    ended, k = self._ended(state), self.sampling.responses
+    from_lane = ended[:, None] & (state.branch[:, None] == jnp.arange(k)[:, None])  # [slots, k, lanes]
+    lane, found = jnp.argmax(from_lane, axis=-1), from_lane.any(-1)
+
+    def move(old, new):
+      tail = [None] * (new.ndim - 2)
+      moved = jnp.take_along_axis(new, lane[:, :, *tail], axis=1)
+      return jnp.where(found[:, :, *tail], moved, old)
+
+    done = jax.tree.map(move, state.done, state.draft)
+    return state._replace(done=done, branch=jnp.where(ended, k, state.branch))
+
+  def _begin(self, state: Slots) -> Slots:
+    """Gives resting lanes the next branches of their prompt, as long as there are any."""
+    rests, k = state.branch == self.sampling.responses, self.sampling.responses
+    following = state.begun[:, None] + jnp.cumsum(rests, axis=1) - 1
+    draft = jax.tree.map(
+      lambda blank, old: jnp.where(rests[:, :, *[None] * (old.ndim - 2)], blank, old),
+      _blank(rests.shape, self.sampling.max_new_tokens),
+      state.draft,
+    )
+    return state._replace(
+      branch=jnp.where(rests, jnp.minimum(following, k), state.branch),
+      begun=jnp.minimum(state.begun + rests.sum(1), k),
+      draft=draft,
+    )
+
+  def _grow(self, language_model: LanguageModel, head, key, tick: Int[Array, ""], state: Slots) -> Slots:
+    """One more token for every branch that goes on."""
+    draft = state.draft
+    grows = (state.branch < self.sampling.responses) & ~self._ended(state)
+    attend = Decode(state.trunk, state.own, state.trunk_length, jnp.where(grows, draft.length, 0), tick)
+    hidden, recent = language_model.model(
+      state.token, attend.position, attend, cache=state.recent, dtype=self.model.dtype
+    )
+    hidden = jnp.where((draft.length == 0)[..., None], state.last[:, None], hidden)
+    logits = language_model.logits(constrain_batch(hidden, self.mesh), head)
+    keys = _fold(branch_keys(key, state.prompt_id, state.branch), draft.length)
+    token, logprob = draw(logits, keys, self.sampling)
+    token = jnp.where(grows, token, 0)
+    here = grows[..., None] & (jnp.arange(self.sampling.max_new_tokens) == draft.length[..., None])
+    draft = Responses(
+      tokens=jnp.where(here, token[..., None], draft.tokens),
+      length=draft.length + grows,
+      logprob=draft.logprob + jnp.where(grows, logprob, 0.0),
+      stopped=draft.stopped | grows & jnp.isin(token, jnp.asarray(self.stop_tokens, jnp.int32)),
+    )
+    return state._replace(token=token, recent=recent, draft=draft)
+
+  def _constrain(self, state: Slots) -> Slots:
+    """The state where the rules of the mesh want it, so that it can be donated from call to call."""
+    caches = {name: constrain_cache(getattr(state, name), self.mesh) for name in ("trunk", "own", "recent")}
+    rest = {name: value for name, value in state._asdict().items() if name not in caches}
+    return Slots(**caches, **jax.tree.map(lambda array: constrain_batch(array, self.mesh), rest))
+
+
+def _blank(shape: tuple[int, int], limit: int) -> Responses:
+  zeros = jnp.zeros(shape, jnp.int32)
+  return Responses(jnp.zeros((*shape, limit), jnp.int32), zeros, jnp.zeros(shape), jnp.zeros(shape, bool))
+
+
+def _on_host(responses: Responses, slot: int) -> list[Sampled]:
+  """The K responses of one slot as host lists."""
+  tokens, length, logprob, stopped = (array[slot] for array in responses)
+  return [
+    Sampled(row[:size].tolist(), float(score), Finish.STOP if stop else Finish.LENGTH)
+    for row, size, score, stop in zip(tokens, length, logprob, stopped, strict=True)
+  ]

@@ -77,10 +77,16 @@ def shards(job: Job, groups: int) -> Iterable[tuple[int, Path]]:
       yield index, _shard(job, index)
 
 
-def gathered(job: Job, groups: int) -> Rows:
-  """The rows of all parts, once every part exists."""
-  return [row for index in range(groups) for row in read_table(_shard(job, index))]
+def gathered(job: Job) -> Rows:
+  """The rows of all parts that there are, in the order of their names."""
+  return [row for file in sorted(job.partial.glob("*.parquet")) for row in read_table(file)]
+
+
+def next_shard(job: Job) -> Path:
+  """The file of the next part, where parts are numbered as they come."""
+  job.partial.mkdir(parents=True, exist_ok=True)
+  return _shard(job, len(list(job.partial.glob("*.parquet"))))
 
 
 def _shard(job: Job, index: int) -> Path:
-  return job.partial / f"{index:05d}.parquet"
+  return job.partial / f"{index:08d}.parquet"

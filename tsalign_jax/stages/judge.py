@@ -26,7 +26,7 @@ def judge(job: Job) -> Counts:
       ]
       write_table(file, _rows(groups[index], teacher.judge(pairs)), VERDICTS)
       advance(len(pairs), "")
-  table = gathered(job, len(groups))
+  table = gathered(job)
   write_table(job.writes["verdicts"], table, VERDICTS)
   return {"teacher": teacher.identity, "verdicts": dict(sorted(Counter(row["verdict"] for row in table).items()))}
 

@@ -5,35 +5,31 @@ from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.tables import RESPONSES, Rows, read_table, write_table
 from tsalign_jax.sampling.engine import Sampled, build_sampler
 from tsalign_jax.seeding import derived_seed
-from tsalign_jax.stages.base import Counts, Job, gathered, shards
+from tsalign_jax.stages.base import Counts, Job, gathered, next_shard
 from tsalign_jax.types import Rollout, UserError
 
 
 def sample(job: Job) -> Counts:
-  """Writes `responses`. Each group of prompts is a shard, so a restart samples only what is missing.
+  """Writes `responses`. Prompts are saved as they are completed, so a restart samples only what is missing.
 
   Options: `sampling`, and `start` and `count` for a slice of the prompts in the run's shuffled order (all of them
   in file order without).
   """
   sampling: Sampling = job.options["sampling"]
-  prompts = select(job)
+  prompts = {row["prompt_id"]: row for row in select(job)}
   chat, model = Chat.load(job.config.policy.path), job.policy()
   sampler = build_sampler(model, job.mesh, sampling, chat.stop_tokens)
-  # Groups of like length, longest first: the widest program is the first to compile and the last to surprise.
-  ordered = sorted(prompts, key=lambda row: (-len(row["tokens"]), row["prompt_id"]))
-  size = sampling.batch_prompts  # and not what the mesh rounds it up to: shards outlive a change of machine
-  groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-  missing = list(shards(job, len(groups)))
-  params = job.load(model, job.reads["policy"]) if missing else {}
-  todo = [[(row["prompt_id"], row["tokens"]) for row in groups[index]] for index, _ in missing]
+  done = {row["prompt_id"] for row in gathered(job)}
+  params = job.load(model, job.reads["policy"]) if len(done) < len(prompts) else {}
+  # Longest prompts first, and neighbours of like length: a slot is as wide as its longest prompt.
+  ordered = sorted(((i, row["tokens"]) for i, row in prompts.items()), key=lambda prompt: (-len(prompt[1]), prompt[0]))
   with job.progress(len(prompts) * sampling.responses, "responses") as advance:
-    advance(sum(map(len, groups)) * sampling.responses - sum(map(len, todo)) * sampling.responses, "")
-    for (index, file), answers in zip(missing, sampler.run(params, todo, job.key), strict=True):
-      write_table(file, _rows(groups[index], answers, chat), RESPONSES)
-      advance(len(answers) * sampling.responses, "")
-  rows = gathered(job, len(groups))
-  rows.sort(key=lambda row: (row["prompt_id"], row["response_id"]))
-  expected = sorted((row["prompt_id"], k) for row in prompts for k in range(sampling.responses))
+    advance(len(done) * sampling.responses, "")
+    for harvest in sampler.run(params, ordered, job.key, done):
+      write_table(next_shard(job), _rows(harvest, chat), RESPONSES)
+      advance(len(harvest) * sampling.responses, "")
+  rows = sorted(gathered(job), key=lambda row: (row["prompt_id"], row["response_id"]))
+  expected = sorted((i, k) for i in prompts for k in range(sampling.responses))
   if [(row["prompt_id"], row["response_id"]) for row in rows] != expected:
     raise UserError(f"{job.partial}: its shards are not those of this stage's prompts; delete the folder")
   write_table(job.writes["responses"], rows, RESPONSES)
@@ -60,10 +56,10 @@ def take(rows: Rows, seed: int, reserved: int, start: int, count: int | None) ->
   return [pool[(start + offset) % len(pool)] for offset in range(count)]
 
 
-def _rows(prompts: Rows, answers: list[list[Sampled]], chat: Chat) -> Rows:
+def _rows(harvest: list[tuple[int, list[Sampled]]], chat: Chat) -> Rows:
   rollouts = [
-    Rollout(prompt["prompt_id"], k, sampled.tokens, chat.text(sampled.tokens), sampled.logprob, sampled.finish)
-    for prompt, branches in zip(prompts, answers, strict=True)
+    Rollout(prompt_id, k, sampled.tokens, chat.text(sampled.tokens), sampled.logprob, sampled.finish)
+    for prompt_id, branches in harvest
     for k, sampled in enumerate(branches)
   ]
   return [rollout._asdict() for rollout in rollouts]

@@ -102,7 +102,7 @@ def build_trainer(loss: LossFn, settings: Optimizer, steps: int, skeleton: Skele
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def update(trainable, opt_state, gradients, metrics):
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, opt_state, trainable)
     opt_state = jax.lax.with_sharding_constraint(opt_state, state_shardings(trainable))
     return place(optax.apply_updates(trainable, updates)), opt_state, metrics | {"grad_norm": norm}
