@@ -131,7 +131,7 @@ def _check_inputs(config: Config) -> None:
     WeightFiles(folder)
   if config.student.warm_start is None and not student.reward_head:
     raise UserError(f"student.path: {config.student.path} has no reward head; set student.warm_start to train one")
-  teacher = build_teacher(config.teacher)
+  teacher = build_teacher(config)
   for source in (config.prompts.train, config.prompts.heldout):
     teacher.validate_prompts(read_prompts(source), source)
   if config.distil.replay:

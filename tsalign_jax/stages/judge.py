@@ -17,15 +17,14 @@ def judge(job: Job) -> Counts:
   texts = {(row["prompt_id"], row["response_id"]): row["text"] for row in read_table(job.reads["responses"])}
   candidates = read_table(job.reads["candidates"], used_only=True)
   groups = [candidates[start : start + BATCH] for start in range(0, len(candidates), BATCH)]
-  teacher = build_teacher(job.config.teacher)
-  with job.progress(len(candidates), "pairs") as advance:
+  with build_teacher(job.config) as teacher, job.progress(len(candidates), "pairs") as advance:
     for index, file in shards(job, len(groups)):
       pairs = [
         CandidatePair(prompts[row["prompt_id"]], *(texts[row["prompt_id"], row[side]] for side in ("first", "second")))
         for row in groups[index]
       ]
       write_table(file, _rows(groups[index], teacher.judge(pairs)), VERDICTS)
-      advance(len(pairs), "")
+      advance(len(pairs), teacher.note())
   table = gathered(job, len(groups))
   write_table(job.writes["verdicts"], table, VERDICTS)
   return {"teacher": teacher.identity, "verdicts": dict(sorted(Counter(row["verdict"] for row in table).items()))}
