@@ -22,6 +22,7 @@ from tsalign_jax.parallel.mesh import make_mesh
 from tsalign_jax.recipes.ts_align import Step, round_name, ts_align
 from tsalign_jax.report.html import write_report
 from tsalign_jax.stages.base import Job, Progress
+from tsalign_jax.teachers.base import Teacher
 from tsalign_jax.teachers.build import build_teacher
 from tsalign_jax.types import UserError
 
@@ -34,7 +35,7 @@ def run(config: Config, progress_of: Callable[[str], Progress]) -> None:
   `progress_of(stage)` gives a stage its progress display. Raises UserError for wrong input before any device work,
   and for a run folder that holds another configuration or damaged files.
   """
-  _check_inputs(config)
+  teacher = _check_inputs(config)
   with _locked(config.run):
     _check_config(config)
     manifest, mesh = Manifest(config.run), functools.cache(lambda: make_mesh(**config.mesh.model_dump()))
@@ -43,6 +44,7 @@ def run(config: Config, progress_of: Callable[[str], Progress]) -> None:
     for step in committed:
       manifest.verify(step.name, step.reads)
       _clean(config.run, step)
+    _check_teacher(config.run, teacher)
     for step in steps:
       if step not in committed:
         _execute(step, config, mesh, manifest, progress_of(step.name))
@@ -116,8 +118,8 @@ def _check_same_inputs(step: Step, file: Path, reads: dict[str, str]) -> None:
   write_json(file, reads)
 
 
-def _check_inputs(config: Config) -> None:
-  """Everything that can be wrong with models and files, before a device is touched or anything is written."""
+def _check_inputs(config: Config) -> Teacher:
+  """The teacher. Raises whatever is wrong with it, models or files, before a device is touched or a file written."""
   policy, student = policy_config(config.policy), read_config(config.student.path)
   Chat.load(config.policy.path)
   longest = config.prompts.max_tokens + config.sampling.max_new_tokens
@@ -136,6 +138,7 @@ def _check_inputs(config: Config) -> None:
     teacher.validate_prompts(read_prompts(source), source)
   if config.distil.replay:
     read_preferences(config.distil.replay)
+  return teacher
 
 
 def _check_config(config: Config) -> None:
@@ -152,6 +155,18 @@ def _check_config(config: Config) -> None:
   temporary = file.with_name("config.yaml.tmp")
   temporary.write_text(dump_config(config))
   temporary.replace(file)
+
+
+def _check_teacher(run: Path, teacher: Teacher) -> None:
+  """The run's teacher is still the one it began with: it also depends on plugins, templates and our own code."""
+  file = run / "teacher.json"
+  before = json.loads(file.read_text())["identity"] if file.exists() else teacher.identity
+  if before != teacher.identity:
+    raise UserError(
+      f"teacher: this run began with {before!r}, which now is {teacher.identity!r}; put back the plugin, template or "
+      f"version of tsalign_jax that changed, or choose another run folder than {run}"
+    )
+  write_json(file, {"identity": before})
 
 
 @contextlib.contextmanager
