@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -26,7 +27,8 @@ from tsalign_jax.teachers.base import Teacher
 from tsalign_jax.teachers.build import build_teacher
 from tsalign_jax.types import UserError
 
-EXTENSIBLE = {"rounds"}  # keys that may grow between two runs on one folder
+GROWING = {"rounds"}  # keys that may grow between two runs on one folder
+FREE = "endpoint"  # a section of which everything may change, as no result depends on it
 
 
 def run(config: Config, progress_of: Callable[[str], Progress]) -> None:
@@ -147,7 +149,7 @@ def _check_config(config: Config) -> None:
   if file.exists():
     before, now = (yaml.safe_load(dump_config(each)) for each in (load_config(file), config))
     for key, old, new in changed_keys(before, now):
-      if key != "run" and (key not in EXTENSIBLE or new < old):
+      if key != "run" and not _may_change(key, old, new):
         raise UserError(
           f"{key}: this run folder was made with {old!r}, the configuration now says {new!r}; "
           f"put {old!r} back, or choose another run folder than {config.run}"
@@ -155,6 +157,10 @@ def _check_config(config: Config) -> None:
   temporary = file.with_name("config.yaml.tmp")
   temporary.write_text(dump_config(config))
   temporary.replace(file)
+
+
+def _may_change(key: str, old: Any, new: Any) -> bool:
+  return FREE in key.split(".")[:-1] or (key in GROWING and new >= old)
 
 
 def _check_teacher(run: Path, teacher: Teacher) -> None:
