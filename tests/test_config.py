@@ -90,7 +90,7 @@ def at(key, value):
 
 WRONG_TEACHERS = {
   "unknown kind": ({"kind": "llm_jugde"}, "teacher.kind: unknown kind 'llm_jugde'; did you mean llm_judge? (known: "),
-  "strange kind": ({"kind": "x"}, "teacher.kind: unknown kind 'x' (known: checks, llm_judge)"),
+  "strange kind": ({"kind": "x"}, "teacher.kind: unknown kind 'x' (known: checks, llm_judge, ranker)"),
   "misspelt key": (JUDGE | {"modle": "m"}, "teacher.modle: unknown key; did you mean teacher.model?"),
   "misspelt key, no kind": ({"defualt": []}, "teacher.defualt: unknown key; did you mean teacher.default?"),
   "misspelt key within": (

@@ -224,11 +224,26 @@ class JudgeTeacher(ChatTeacher):
     return [self.template]
 
 
+class RankerTeacher(ChatTeacher):
+  """A language model that orders any number of responses, shown how by examples in its prompt."""
+
+  kind: Literal["ranker"] = "ranker"
+  """Which kind of teacher this is."""
+  template: str = "ranking"
+  """What it is asked: ranking, or a YAML file of your own."""
+  demonstrations: str | None = None
+  """Examples shown before every question: a jsonl or parquet file of {prompt, responses, ranking: [2, 1, 3]}."""
+
+  def sources(self) -> list[str]:
+    """Files that the verdicts depend on."""
+    return [self.template, *([self.demonstrations] if self.demonstrations else [])]
+
+
 def _checks_by_default(teacher: Any) -> Any:
   return {"kind": "checks", **teacher} if isinstance(teacher, dict) else teacher
 
 
-AnyTeacher = Annotated[ChecksTeacher | JudgeTeacher, Field(discriminator="kind")]
+AnyTeacher = Annotated[ChecksTeacher | JudgeTeacher | RankerTeacher, Field(discriminator="kind")]
 
 
 class Optimizer(Section):
@@ -331,7 +346,7 @@ class Config(Section):
   student: Student
   """The small reward model that scores everything and picks the pairs."""
   teacher: Annotated[AnyTeacher, BeforeValidator(_checks_by_default)] = ChecksTeacher()
-  """Who decides which of two responses is better: checks or llm_judge (`kind`)."""
+  """Who decides which of two responses is better: checks, llm_judge or ranker (`kind`)."""
   prompts: Prompts
   """What the policy answers."""
   sampling: Sampling = Sampling()

@@ -5,9 +5,10 @@ import sqlite3
 
 from chat_server import ChatServer
 
-from tsalign_jax.config import JudgeTeacher
+from tsalign_jax.config import JudgeTeacher, RankerTeacher
 from tsalign_jax.teachers.chat import Clock
 from tsalign_jax.teachers.llm_judge import LLMJudge
+from tsalign_jax.teachers.ranker import Ranker
 from tsalign_jax.types import CandidatePair, Prompt, Verdict
 
 KEY = "sk-a-key-that-nobody-may-see"
@@ -47,6 +48,11 @@ def judge(server: ChatServer, run, sleep=None, *, on: dict | None = None, **chan
   """A judge that asks this server; `on` changes its endpoint, other arguments the rest."""
   settings = JudgeTeacher(model="judge-1", endpoint=endpoint(server, **(on or {})), **changes)
   return LLMJudge(settings, run, "teacher", Clock(sleep=Waits() if sleep is None else sleep))
+
+
+def ranker(server: ChatServer, run, **changes) -> Ranker:
+  settings = RankerTeacher(model="judge-1", endpoint=endpoint(server), **changes)
+  return Ranker(settings, run, "teacher", Clock(sleep=Waits()))
 
 
 def rows(file, query: str) -> list[tuple]:

@@ -3,6 +3,7 @@
 import pytest
 
 from tsalign_jax.teachers.llm_judge import FORMATS, SAMPLE
+from tsalign_jax.teachers.ranker import SAMPLE as RANKING_SAMPLE
 from tsalign_jax.teachers.templates import load_template
 from tsalign_jax.types import UserError
 
@@ -28,9 +29,20 @@ def test_judge_sees_the_whole_conversation_and_each_response_once(name):
   assert shown.index("Tea?") < shown.index("Green?") < shown.index("one }}") < shown.index("two")
 
 
+def test_ranker_sees_demonstrations_before_what_it_is_to_rank():
+  template = load_template("ranking", "teacher.template", answers=["ranking"], sample=RANKING_SAMPLE)
+  example = {"prompt": TALK[1:2], "responses": ["x1", "x2", "x3"], "ranking": [3, 1, 2]}
+  shown = template.fill(prompt=TALK, responses=["y1", "y2"], demonstrations=[example])[1]["content"]
+  assert "Ranking: [3] > [1] > [2]" in shown and shown.index("x3") < shown.index("Now the one to rank") < shown.index(
+    "y1"
+  )
+  alone = template.fill(prompt=TALK, responses=["y1", "y2"], demonstrations=[])[1]["content"]
+  assert "Example" not in alone and "Now the one" not in alone
+
+
 GOOD = "answer: letter\nmessages:\n- {role: user, content: '{{ prompt }} {{ first }} {{ second }}'}\n"
 WRONG = {
-  "no such name": (None, "there is no template 'pairwize'; give a .yaml file, or one of mt_bench, pairwise"),
+  "no such name": (None, "there is no template 'pairwize'; give a .yaml file, or one of mt_bench, pairwise, ranking"),
   "not YAML": ("answer: [", "is not valid YAML"),
   "other keys": (GOOD + "extra: 1\n", "has the keys answer and messages"),
   "no messages": ("answer: letter\nmessages: []\n", "messages is a list of"),

@@ -7,6 +7,7 @@ from tsalign_jax.teachers.base import Teacher
 from tsalign_jax.teachers.chat import Clock
 from tsalign_jax.teachers.checks import ChecksTeacher, load_plugins
 from tsalign_jax.teachers.llm_judge import LLMJudge
+from tsalign_jax.teachers.ranker import Ranker
 
 
 def build_teacher(config: settings.Config, clock: Clock | None = None) -> Teacher:
@@ -24,3 +25,5 @@ def _build(teacher: settings.AnyTeacher, run: Path, where: str, clock: Clock) ->
       return ChecksTeacher(default=teacher.default)
     case settings.JudgeTeacher():
       return LLMJudge(teacher, run, where, clock)
+    case settings.RankerTeacher():
+      return Ranker(teacher, run, where, clock)
