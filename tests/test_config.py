@@ -75,10 +75,13 @@ def with_teacher(teacher, tmp_path) -> Config:
 def test_teacher_is_told_by_its_kind_which_is_checks_unless_said(tmp_path):
   assert isinstance(with_teacher({}, tmp_path).teacher, ChecksTeacher)
   assert isinstance(with_teacher(JUDGE, tmp_path).teacher, JudgeTeacher)
+  members = with_teacher({"kind": "ensemble", "members": [{"kind": "checks"}, JUDGE]}, tmp_path).teacher.members
+  assert [member.kind for member in members] == ["checks", "llm_judge"]
 
 
 def test_configuration_with_any_teacher_survives_being_written_and_read(tmp_path):
-  config = with_teacher(JUDGE, tmp_path)
+  ranker = JUDGE | {"kind": "ranker", "demonstrations": "d.jsonl"}
+  config = with_teacher({"kind": "ensemble", "members": [JUDGE, ranker]}, tmp_path)
   file = tmp_path / "again.yaml"
   file.write_text(dump_config(config))
   assert load_config(file) == config
@@ -90,7 +93,7 @@ def at(key, value):
 
 WRONG_TEACHERS = {
   "unknown kind": ({"kind": "llm_jugde"}, "teacher.kind: unknown kind 'llm_jugde'; did you mean llm_judge? (known: "),
-  "strange kind": ({"kind": "x"}, "teacher.kind: unknown kind 'x' (known: checks, llm_judge, ranker)"),
+  "strange kind": ({"kind": "x"}, "teacher.kind: unknown kind 'x' (known: checks, llm_judge, ranker, ensemble)"),
   "misspelt key": (JUDGE | {"modle": "m"}, "teacher.modle: unknown key; did you mean teacher.model?"),
   "misspelt key, no kind": ({"defualt": []}, "teacher.defualt: unknown key; did you mean teacher.default?"),
   "misspelt key within": (
@@ -98,6 +101,16 @@ WRONG_TEACHERS = {
     "teacher.endpoint.retrys: unknown key; did you mean teacher.endpoint.retries?",
   ),
   "missing": ({"kind": "llm_judge", "model": "m"}, "teacher.endpoint: missing; this key is required"),
+  "one member": ({"kind": "ensemble", "members": [JUDGE]}, "teacher.members: Tuple should have at least 2 items"),
+  "no members": ({"kind": "ensemble"}, "teacher.members: missing; this key is required"),
+  "member without a kind": (
+    {"kind": "ensemble", "members": [JUDGE, {}]},
+    "teacher.members.1.kind: missing; this key is required (known: checks, llm_judge, ranker)",
+  ),
+  "member misspelt": (
+    {"kind": "ensemble", "members": [JUDGE, JUDGE | {"modle": "m"}]},
+    "teacher.members.1.modle: unknown key; did you mean teacher.members.1.model?",
+  ),
   "budget without prices": (
     at("budget", 5),
     "teacher.endpoint: a budget needs prices; set input_price and output_price",

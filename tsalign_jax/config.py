@@ -239,11 +239,29 @@ class RankerTeacher(ChatTeacher):
     return [self.template, *([self.demonstrations] if self.demonstrations else [])]
 
 
+SingleTeacher = ChecksTeacher | JudgeTeacher | RankerTeacher
+
+
+class EnsembleTeacher(Section):
+  """Several teachers that vote on each pair."""
+
+  kind: Literal["ensemble"] = "ensemble"
+  """Which kind of teacher this is."""
+  members: Annotated[tuple[Annotated[SingleTeacher, Field(discriminator="kind")], ...], Field(min_length=2)]
+  """The teachers, each as `teacher` would be."""
+  vote: Literal["majority", "mean"] = "majority"
+  """The verdict of more than half of the members, or the side of 0.5 on which their mean probability lies."""
+
+  def sources(self) -> list[str]:
+    """Files that the verdicts depend on."""
+    return [source for member in self.members for source in member.sources()]
+
+
 def _checks_by_default(teacher: Any) -> Any:
   return {"kind": "checks", **teacher} if isinstance(teacher, dict) else teacher
 
 
-AnyTeacher = Annotated[ChecksTeacher | JudgeTeacher | RankerTeacher, Field(discriminator="kind")]
+AnyTeacher = Annotated[SingleTeacher | EnsembleTeacher, Field(discriminator="kind")]
 
 
 class Optimizer(Section):
@@ -346,7 +364,7 @@ class Config(Section):
   student: Student
   """The small reward model that scores everything and picks the pairs."""
   teacher: Annotated[AnyTeacher, BeforeValidator(_checks_by_default)] = ChecksTeacher()
-  """Who decides which of two responses is better: checks, llm_judge or ranker (`kind`)."""
+  """Who decides which of two responses is better: checks, llm_judge, ranker or ensemble (`kind`)."""
   prompts: Prompts
   """What the policy answers."""
   sampling: Sampling = Sampling()

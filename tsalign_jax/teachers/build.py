@@ -6,6 +6,7 @@ from tsalign_jax import config as settings
 from tsalign_jax.teachers.base import Teacher
 from tsalign_jax.teachers.chat import Clock
 from tsalign_jax.teachers.checks import ChecksTeacher, load_plugins
+from tsalign_jax.teachers.ensemble import Ensemble
 from tsalign_jax.teachers.llm_judge import LLMJudge
 from tsalign_jax.teachers.ranker import Ranker
 
@@ -27,3 +28,6 @@ def _build(teacher: settings.AnyTeacher, run: Path, where: str, clock: Clock) ->
       return LLMJudge(teacher, run, where, clock)
     case settings.RankerTeacher():
       return Ranker(teacher, run, where, clock)
+    case settings.EnsembleTeacher():
+      members = [_build(each, run, f"{where}.members.{index}", clock) for index, each in enumerate(teacher.members)]
+      return Ensemble(members, teacher.vote, where)
