@@ -181,6 +181,25 @@ def test_teacher_that_changed_on_disk_is_refused_by_name(server, tmp_path):
     judging.run(config)
 
 
+def test_ensemble_stage_reports_agreement(server, tmp_path):
+  judging.write_inputs(tmp_path / "inputs", ASKED)
+  members = [teacher(server), teacher(server) | {"kind": "ranker"}, teacher(server) | {"template": "mt_bench"}]
+  server.answer, honest = lambda content: "[[A]]" if "impartial" in content else honest(content), server.answer
+  try:
+    judging.run(load_config(judging.config_file(tmp_path, {"kind": "ensemble", "members": members})))
+  finally:
+    server.answer = honest
+  verdicts = read_table(tmp_path / "run/round_01/verdicts.parquet")
+  for each, row in zip(ASKED, verdicts, strict=True):
+    wanted = truth(each) if each.first != each.second else Verdict.TIE
+    assert row["verdict"] == wanted
+  counts = loop.Manifest(tmp_path / "run").stages["round_01/judge"]["counts"]
+  assert counts["teacher"].startswith("ensemble majority of 3 ")
+  # Two of three members are honest; the third contradicts itself but for equal responses.
+  equal = sum(each.first == each.second for each in ASKED)
+  assert counts["agreement"] == pytest.approx((equal + (len(ASKED) - equal) * 2 / 3) / len(ASKED))
+
+
 def test_evaluation_run_again_pays_nothing_again(server, tmp_path):
   config = load_config(judging.config_file(tmp_path, teacher(server)))
   job = judging.job("evaluate", config, tmp_path)
