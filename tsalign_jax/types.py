@@ -60,6 +60,32 @@ class Judgement:
   evidence: dict = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True)
+class Demonstration:
+  """Responses to a prompt in their true order, to show a ranker how it is done; `order` holds indices, best first."""
+
+  prompt: Conversation
+  responses: Sequence[str]
+  order: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class CandidateList:
+  """Responses to one prompt, put before a ranker, with demonstrations for this prompt only."""
+
+  prompt: Prompt
+  responses: Sequence[str]
+  demonstrations: Sequence[Demonstration] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+  """A ranker's order of the responses, as indices, best first, and what it rests on; an order of None is an ERROR."""
+
+  order: tuple[int, ...] | None
+  evidence: dict = dataclasses.field(default_factory=dict)
+
+
 class PreferencePair(NamedTuple):
   """A prompt with a better and a worse response, as text: what crosses from one tokenizer to another."""
 

@@ -154,7 +154,7 @@ def _distil(config: Config, name: str, student: Path, replay: Mapping[str, Path]
 
 def _teacher_files(config: Config) -> dict[str, Path]:
   """Files that a teacher's verdicts depend on."""
-  return _files({f"plugin_{index}": source for index, source in enumerate(config.teacher.plugins)})
+  return _files({f"teacher_{index}": source for index, source in enumerate(config.teacher.sources())})
 
 
 def _files(sources: Mapping[str, str | None]) -> dict[str, Path]:

@@ -6,7 +6,8 @@ from collections import Counter
 from tsalign_jax.data.tables import VERDICTS, Rows, read_table, to_prompt, write_table
 from tsalign_jax.stages.base import Counts, Job, gathered, shards
 from tsalign_jax.teachers.build import build_teacher
-from tsalign_jax.types import CandidatePair
+from tsalign_jax.teachers.statistics import Judged, statistics
+from tsalign_jax.types import CandidatePair, Verdict
 
 BATCH = 64  # pairs; each batch of verdicts is on disk before the next is asked for
 
@@ -17,18 +18,20 @@ def judge(job: Job) -> Counts:
   texts = {(row["prompt_id"], row["response_id"]): row["text"] for row in read_table(job.reads["responses"])}
   candidates = read_table(job.reads["candidates"], used_only=True)
   groups = [candidates[start : start + BATCH] for start in range(0, len(candidates), BATCH)]
-  teacher = build_teacher(job.config.teacher)
-  with job.progress(len(candidates), "pairs") as advance:
+  with build_teacher(job.config) as teacher, job.progress(len(candidates), "pairs") as advance:
     for index, file in shards(job, len(groups)):
-      pairs = [
-        CandidatePair(prompts[row["prompt_id"]], *(texts[row["prompt_id"], row[side]] for side in ("first", "second")))
-        for row in groups[index]
-      ]
+      pairs = [CandidatePair(prompts[row["prompt_id"]], *_texts(texts, row)) for row in groups[index]]
       write_table(file, _rows(groups[index], teacher.judge(pairs)), VERDICTS)
-      advance(len(pairs), "")
+      advance(len(pairs), teacher.note())
   table = gathered(job)
   write_table(job.writes["verdicts"], table, VERDICTS)
-  return {"teacher": teacher.identity, "verdicts": dict(sorted(Counter(row["verdict"] for row in table).items()))}
+  judged = [Judged(*_texts(texts, row), Verdict(row["verdict"]), json.loads(row["evidence"])) for row in table]
+  verdicts = dict(sorted(Counter(row["verdict"] for row in table).items()))
+  return {"teacher": teacher.identity, "verdicts": verdicts, **statistics(judged).shares()}
+
+
+def _texts(texts: dict[tuple[int, int], str], row: dict) -> tuple[str, str]:
+  return texts[row["prompt_id"], row["first"]], texts[row["prompt_id"], row["second"]]
 
 
 def _rows(candidates: Rows, judgements) -> Rows:

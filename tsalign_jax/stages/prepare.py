@@ -13,7 +13,7 @@ from tsalign_jax.types import Prompt, UserError
 def prepare(job: Job) -> Counts:
   """Writes the training and the held-out prompts; over-long ones stay in the table with the reason."""
   chat = Chat.load(job.config.policy.path)
-  teacher = build_teacher(job.config.teacher)
+  teacher = build_teacher(job.config)
   counts: Counts = {}
   for split in ("train", "heldout"):
     source = getattr(job.config.prompts, split)

@@ -1,13 +1,18 @@
 """What every teacher is: a function from candidate pairs to judgements, in batches."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from concurrent.futures import Future
+from typing import Protocol, Self
 
 from tsalign_jax.types import CandidatePair, Judgement, Prompt
 
 
 class Teacher(Protocol):
-  """Judges candidate pairs. `identity` names the teacher and everything that its verdicts depend on."""
+  """Judges candidate pairs. `identity` names the teacher and everything that its verdicts depend on.
+
+  Whoever asks for judgements opens the teacher first (`with teacher: ...`); validating needs no opening. A class that
+  inherits gets what a teacher without a network or files of its own need not care about.
+  """
 
   identity: str
 
@@ -18,3 +23,20 @@ class Teacher(Protocol):
   def judge(self, pairs: Sequence[CandidatePair]) -> list[Judgement]:
     """One judgement for each pair, in order. A pair that cannot be judged is an ERROR, never a guess."""
     ...
+
+  def submit(self, pairs: Sequence[CandidatePair]) -> Future[list[Judgement]]:
+    """The judgements of `judge`, later: a teacher that waits for a network does so while the caller goes on."""
+    future: Future[list[Judgement]] = Future()
+    future.set_result(self.judge(pairs))
+    return future
+
+  def note(self) -> str:
+    """What is worth showing beside the progress of judging, such as the cost so far; may be empty."""
+    return ""
+
+  def __enter__(self) -> Self:
+    """Opens what judging needs."""
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    """Lets requests under way finish, so that nothing paid for is lost, and closes."""

@@ -1,11 +1,33 @@
-"""From a teacher's configuration to the teacher."""
+"""From a run's configuration to its teacher."""
+
+from pathlib import Path
 
 from tsalign_jax import config as settings
 from tsalign_jax.teachers.base import Teacher
+from tsalign_jax.teachers.chat import Clock
 from tsalign_jax.teachers.checks import ChecksTeacher, load_plugins
+from tsalign_jax.teachers.ensemble import Ensemble
+from tsalign_jax.teachers.llm_judge import LLMJudge
+from tsalign_jax.teachers.ranker import Ranker
 
 
-def build_teacher(teacher: settings.ChecksTeacher) -> Teacher:
-  """The teacher that the configuration names, its plugins loaded."""
-  load_plugins(teacher.plugins)
-  return ChecksTeacher(default=teacher.default)
+def build_teacher(config: settings.Config, clock: Clock | None = None) -> Teacher:
+  """The teacher that the configuration names, to be opened (`with`) before it judges.
+
+  Raises UserError for whatever can be wrong with it before it is asked anything.
+  """
+  return _build(config.teacher, config.run, "teacher", clock or Clock())
+
+
+def _build(teacher: settings.AnyTeacher, run: Path, where: str, clock: Clock) -> Teacher:
+  match teacher:
+    case settings.ChecksTeacher():
+      load_plugins(teacher.plugins)
+      return ChecksTeacher(default=teacher.default)
+    case settings.JudgeTeacher():
+      return LLMJudge(teacher, run, where, clock)
+    case settings.RankerTeacher():
+      return Ranker(teacher, run, where, clock)
+    case settings.EnsembleTeacher():
+      members = [_build(each, run, f"{where}.members.{index}", clock) for index, each in enumerate(teacher.members)]
+      return Ensemble(members, teacher.vote, where)

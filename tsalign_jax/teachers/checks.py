@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from tsalign_jax.teachers.base import Teacher
 from tsalign_jax.types import CandidatePair, Judgement, Prompt, UserError, Verdict
 
 _ARGUMENT_TYPES = {int: "int", float: "float", str: "str", list[str]: "list[str]"}
@@ -91,7 +92,7 @@ def score(response: str, checks: Sequence[dict]) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class ChecksTeacher:
+class ChecksTeacher(Teacher):
   """Prefers the response that satisfies more of its prompt's checks; of `default` where a prompt has none."""
 
   default: Sequence[dict] = ()

@@ -1,0 +1,95 @@
+"""What `tsalign verdicts` prints."""
+
+import asyncio
+import json
+from io import StringIO
+
+import pytest
+from rich.console import Console
+from stages import judging
+from teachers.asked import pair
+
+from tsalign_jax.data.tables import COMPARISONS, VERDICTS, write_table
+from tsalign_jax.report.verdicts import verdict_tables
+from tsalign_jax.teachers.ledger import FILE, Ledger, Outcome
+from tsalign_jax.teachers.store import Price
+from tsalign_jax.types import UserError
+
+
+def verdict(number, verdict, *slots, **evidence):
+  evidence |= {"answers": [{"slot": slot} for slot in slots]} if slots else {}
+  row = {"prompt_id": number, "first": 0, "second": 1, "verdict": verdict, "probability": None}
+  return row | {"evidence": json.dumps(evidence)}
+
+
+def comparison(number, verdict):
+  texts = {"prompt": [], "base": "short", "policy": "long response"}
+  return {"prompt_id": number, "response_id": 0, **texts, "verdict": verdict, "evidence": "{}"}
+
+
+@pytest.fixture
+def run(tmp_path):
+  (tmp_path / "config.yaml").write_text("run: x\n")
+  for name in ("round_00", "round_01"):
+    judging.write_inputs(tmp_path / name, [pair(1, 2, 0), pair(200, 1, 1), pair(3, 3, 2)])
+  rows = [verdict(0, "second", "B", "A"), verdict(1, "inconsistent", "A", "A"), verdict(2, "tie")]
+  write_table(tmp_path / "round_00" / "verdicts.parquet", rows, VERDICTS)
+  write_table(tmp_path / "round_01" / "verdicts.parquet", [verdict(1, "first", "A", "B")], VERDICTS)
+  table = [comparison(0, "first"), comparison(1, "second"), comparison(2, "error")]
+  write_table(tmp_path / "round_01" / "comparisons.parquet", table, COMPARISONS)
+  return tmp_path
+
+
+def lines(run) -> list[list[str]]:
+  console = Console(width=80, file=StringIO(), color_system=None)
+  for table in verdict_tables(run):
+    console.print(table)
+  printed = [line.rstrip() for line in console.file.getvalue().splitlines()]
+  assert all(len(line) <= 80 for line in printed)
+  return [line.split() for line in printed]
+
+
+def test_counts_and_shares_of_every_stage(run):
+  printed = lines(run)
+  #        pairs 1st 2nd tie inconsistent error, orders agree, slot A, longer
+  assert ["warm", "start", "3", "0", "1", "1", "1", "0", "50", "75", "–"] in printed
+  assert ["round", "1", "1", "1", "0", "0", "0", "0", "100", "50", "100"] in printed
+  assert ["round", "1", "held", "out", "3", "1", "1", "0", "0", "1", "–", "–", "50"] in printed
+  assert ["all", "7", "2", "2", "1", "1", "1", "67", "67", "67"] in printed
+  assert ["all,", "in", "%", "29", "29", "14", "14", "14"] in printed
+  assert "Requests" not in str(printed)
+
+
+def test_teacher_is_named_and_members_have_their_own_lines(run):
+  (run / "teacher.json").write_text(json.dumps({"identity": "ensemble [x]"}))
+  members = [{"teacher": f"judge [{n}]", "verdict": v, "evidence": {}} for n, v in enumerate(["first", "second"])]
+  rows = [verdict(1, "inconsistent", agreement=0.0, members=members)]
+  write_table(run / "round_01" / "verdicts.parquet", rows, VERDICTS)
+  printed = lines(run)
+  assert ["Verdicts", "of", "ensemble", "[x]"] in printed
+  assert ["judge", "[0]", "1", "1", "0", "0", "0", "0", "100"] in printed
+  assert ["judge", "[1]", "1", "0", "1", "0", "0", "0", "0"] in printed
+
+
+async def spend(file):
+  ledger = Ledger(file, "judge", 10.0, lambda: 0.0)
+  for price in (Price(100, 10, 0.25), Price(200, 20, 0.5)):
+    ledger.settle(await ledger.reserve("k", 1.0), Outcome.ANSWERED, price)
+  await ledger.reserve("k", 2.0)
+  ledger.close()
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_bill_shows_requests_tokens_and_cost_also_before_anything_is_judged(run, judged, tmp_path):
+  folder = run if judged else tmp_path / "early"
+  folder.mkdir(exist_ok=True)
+  asyncio.run(spend(folder / FILE))
+  printed = lines(folder)
+  assert ["judge", "3", "300", "30", "2.7500"] in printed
+  assert ["answered", "2", "300", "30", "0.7500"] in printed and ["sent", "1", "0", "0", "2.0000"] in printed
+  assert "the most that it can have cost" in " ".join(" ".join(line) for line in printed)
+
+
+def test_run_without_verdicts_is_said_so(tmp_path):
+  with pytest.raises(UserError, match="nothing has been judged yet"):
+    verdict_tables(tmp_path)

@@ -1,0 +1,109 @@
+"""What `tsalign verdicts` shows of a run: how the teacher judged, and what that cost."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from tsalign_jax.data.tables import Rows, read_table
+from tsalign_jax.report.words import percent
+from tsalign_jax.teachers import ledger
+from tsalign_jax.teachers.statistics import Judged, by_member, statistics
+from tsalign_jax.types import UserError, Verdict
+
+_COUNTS = {Verdict.FIRST: "1st", Verdict.SECOND: "2nd", Verdict.TIE: "tie", Verdict.INCONSISTENT: "incon-\nsistent"}
+_COUNTS |= {Verdict.ERROR: "error"}
+_SHARES = {"orders_agree": "orders\nagree", "first_slot_wins": "slot A\nwins", "longer_wins": "longer\nwins"}
+_SHARES |= {"agreement": "members\nagree"}
+_MEANING = (
+  "1st: the student's pick, or the aligned policy's answer where it is held out. In %: orders agree, of pairs asked in "
+  "both; slot A wins, of answers that prefer a side (50 is fair); longer wins, of decided pairs."
+)
+
+
+def verdict_tables(run: Path) -> list[Table]:
+  """Verdicts by stage, for the teacher and for each member of an ensemble, and a bill if there was anything to pay."""
+  sets, bill = _judged(run), ledger.accounts(run / ledger.FILE)
+  everything = [each for judged in sets.values() for each in judged]
+  if not (everything or bill):
+    raise UserError(f"{run}: nothing has been judged yet")
+  tables = [_verdicts({**sets, "all": everything}, f"Verdicts of {escape(_teacher(run))}")] if everything else []
+  if members := by_member(everything):
+    tables.append(_verdicts(members, "Verdicts of its members"))
+  if tables:
+    tables[-1].caption = _MEANING
+  return [*tables, _bill(bill)] if bill else tables
+
+
+def _judged(run: Path) -> dict[str, list[Judged]]:
+  """Verdicts on pairs of every round, and on held-out comparisons of every round."""
+  sets = {}
+  for folder in sorted(path for path in run.iterdir() if re.fullmatch(r"round_\d+", path.name)):
+    number = int(folder.name.removeprefix("round_"))
+    if (folder / "verdicts.parquet").is_file():
+      sets[f"round {number}" if number else "warm start"] = _pairs(folder)
+    if (folder / "comparisons.parquet").is_file():
+      sets[f"round {number} held out"] = [
+        _of_row(row, row["policy"], row["base"]) for row in read_table(folder / "comparisons.parquet")
+      ]
+  return sets
+
+
+def _pairs(folder: Path) -> list[Judged]:
+  texts = {(row["prompt_id"], row["response_id"]): row["text"] for row in read_table(folder / "responses.parquet")}
+  rows: Rows = read_table(folder / "verdicts.parquet")
+  return [_of_row(row, texts[row["prompt_id"], row["first"]], texts[row["prompt_id"], row["second"]]) for row in rows]
+
+
+def _of_row(row: dict, first: str, second: str) -> Judged:
+  return Judged(first, second, Verdict(row["verdict"]), json.loads(row["evidence"]))
+
+
+def _teacher(run: Path) -> str:
+  file = run / "teacher.json"
+  return json.loads(file.read_text())["identity"] if file.is_file() else "the teacher"
+
+
+def _verdicts(sets: dict[str, list[Judged]], title: str) -> Table:
+  found = {name: statistics(judged) for name, judged in sets.items()}
+  known = [share for share in _SHARES if any(share in each.shares() for each in found.values())]
+  table = _table(title, ["", "pairs", *_COUNTS.values(), *(_SHARES[share] for share in known)])
+  for name, each in found.items():
+    counts, shares = (each.counts[verdict] for verdict in _COUNTS), (getattr(each, share) for share in known)
+    table.add_row(escape(name), str(each.pairs), *map(str, counts), *map(_points, shares))
+  if "all" in found:
+    counts = found["all"].counts
+    table.add_row("all, in %", "", *(_points(counts[verdict] / counts.total()) for verdict in _COUNTS))
+  return table
+
+
+def _points(share: float | None) -> str:
+  return percent(share, 0).rstrip("%")
+
+
+def _bill(bill: Sequence[ledger.Account]) -> Table:
+  table = _table("Requests and cost", ["", "requests", "input\ntokens", "output\ntokens", "cost"])
+  for teacher in dict.fromkeys(each.teacher for each in bill):
+    theirs = [each for each in bill if each.teacher == teacher]
+    table.add_row(escape(teacher), *_sums(theirs))
+    for each in theirs:
+      table.add_row(f"  {each.outcome}", *_sums([each]), style="dim")
+  table.caption = "A request whose tokens nobody counted costs the most that it can have cost."
+  return table
+
+
+def _sums(accounts: Sequence[ledger.Account]) -> list[str]:
+  counts = [sum(getattr(each, name) for each in accounts) for name in ("requests", "input_tokens", "output_tokens")]
+  return [*(f"{count:,}" for count in counts), f"{sum(each.cost for each in accounts):,.4f}"]
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+  table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, title=title)
+  table.title_justify = table.caption_justify = "left"
+  for index, heading in enumerate(headings):
+    table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+  return table

@@ -1,0 +1,109 @@
+"""What teachers behind a chat endpoint share: asking about a pair in both orders, and what the answers add up to."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Self
+
+from tsalign_jax.config import ChatTeacher as Settings
+from tsalign_jax.teachers.asking import Asker, Failure, Question
+from tsalign_jax.teachers.base import Teacher
+from tsalign_jax.teachers.chat import Clock
+from tsalign_jax.teachers.store import Answer
+from tsalign_jax.types import CandidatePair, Judgement, Prompt, Verdict
+
+RULES = 1  # to be raised when answers are read by other rules, so that those read before are not taken for new ones
+AS_SHOWN = {"A": Verdict.FIRST, "B": Verdict.SECOND, "C": Verdict.TIE}
+SWAPPED = {"A": Verdict.SECOND, "B": Verdict.FIRST, "C": Verdict.TIE}
+
+
+class ChatTeacher(Teacher):
+  """A teacher that asks a language model. A subclass says what it asks about two responses in an order.
+
+  Answers are stored under the name of who gives them, without the number of orders: one that was given when a run
+  asked in one order serves another run that asks in both.
+  """
+
+  def __init__(self, kind: str, settings: Settings, content: dict[str, Any], run: Path, where: str, clock: Clock):
+    """`content` is whatever the answers depend on beyond model and sampling; `where` the key in the configuration."""
+    content |= {"rules": RULES, "model": settings.model, "extra_body": settings.extra_body}
+    content |= {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    answerer = f"{kind} {settings.model} {digest}"
+    self.identity = answerer if settings.both_orders else f"{answerer} one order"
+    self._both_orders = settings.both_orders
+    self._asker = Asker(answerer, settings, run, where, clock)
+
+  def question(self, prompt: Prompt, first: str, second: str) -> Question:
+    """What is asked about two responses."""
+    raise NotImplementedError
+
+  def slot(self, answer: Answer) -> str:
+    """Which of the two the answer prefers: A (shown first), B or C (neither)."""
+    return answer.reading
+
+  def validate_prompts(self, prompts: Sequence[Prompt], source: str) -> None:
+    """None: a language model can be asked about any prompt."""
+
+  def judge(self, pairs: Sequence[CandidatePair]) -> list[Judgement]:
+    """One judgement for each pair, in order. Raises UserError when judging has to stop; answers are kept."""
+    return self.submit(pairs).result()
+
+  def submit(self, pairs: Sequence[CandidatePair]) -> Future[list[Judgement]]:
+    """The judgements, in the future: requests go out at once."""
+    return self._asker.run(self._judge(pairs))
+
+  def note(self) -> str:
+    """Tokens and cost of this run so far."""
+    return self._asker.note()
+
+  def __enter__(self) -> Self:
+    self._asker.open()
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+    # Someone who presses Ctrl-C does not want to wait for a server.
+    self._asker.close(at_once=kind is not None and issubclass(kind, KeyboardInterrupt))
+
+  async def _judge(self, pairs: Sequence[CandidatePair]) -> list[Judgement]:
+    orders = [self._questions(pair) for pair in pairs]
+    answers = iter(await self._asker.ask([question for asked in orders for question in asked]))
+    return [add_up([self._opinion(next(answers)) for _ in asked]) if asked else EQUAL for asked in orders]
+
+  def _opinion(self, answer: Answer | Failure) -> Answer | Failure:
+    return answer if isinstance(answer, Failure) else dataclasses.replace(answer, reading=self.slot(answer))
+
+  def _questions(self, pair: CandidatePair) -> list[Question]:
+    if pair.first == pair.second:
+      return []
+    shown = [(pair.first, pair.second), (pair.second, pair.first)]
+    return [self.question(pair.prompt, *texts) for texts in (shown if self._both_orders else shown[:1])]
+
+
+EQUAL = Judgement(Verdict.TIE, 0.5, {"equal": True})  # equal responses need no opinion
+
+
+def add_up(answers: Sequence[Answer | Failure]) -> Judgement:
+  """The judgement of a pair from the answer (A, B or C) to it as it is and, if there is a second one, swapped.
+
+  A missing answer makes an ERROR. Two answers that disagree, also a side against a tie, make it INCONSISTENT. The
+  probability, where answers have one, is the mean over the orders, in which a preference for a slot cancels out.
+  """
+  evidence = {"answers": [_evidence(answer) for answer in answers]}
+  if any(isinstance(answer, Failure) for answer in answers):
+    return Judgement(Verdict.ERROR, None, evidence)
+  verdicts = {names[answer.reading] for names, answer in zip((AS_SHOWN, SWAPPED), answers, strict=False)}
+  known = [answer.probability for answer in answers if answer.probability is not None]
+  for_first = [p if order == 0 else 1 - p for order, p in enumerate(known)]
+  probability = sum(for_first) / len(answers) if len(known) == len(answers) else None
+  return Judgement(verdicts.pop() if len(verdicts) == 1 else Verdict.INCONSISTENT, probability, evidence)
+
+
+def _evidence(answer: Answer | Failure) -> dict[str, Any]:
+  if isinstance(answer, Failure):
+    return {"failure": answer.reason}
+  known = {} if answer.probability is None else {"probability": answer.probability}
+  return {"slot": answer.reading, **known, "text": answer.text}

@@ -1,0 +1,34 @@
+"""SQLite files that survive a killed process and are shared by several."""
+
+import sqlite3
+from pathlib import Path
+
+from tsalign_jax.types import UserError
+
+VERSION = 1
+
+
+def open_database(file: Path, schema: str) -> sqlite3.Connection:
+  """A connection to the file, made with this schema if it is new. Raises UserError if it is something else.
+
+  Every statement commits by itself. In write-ahead mode what was committed outlives a killed process, and readers do
+  not wait for a writer.
+  """
+  try:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # The connection is made by one thread and used by another, never by two at once.
+    connection = sqlite3.connect(file, timeout=60.0, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    found = connection.execute("PRAGMA user_version").fetchone()[0]
+    if found not in (0, VERSION):
+      raise UserError(f"{file}: written by another version of tsalign_jax; choose another file")
+    connection.executescript(f"{schema}; PRAGMA user_version = {VERSION};")
+  except (OSError, sqlite3.DatabaseError) as error:
+    raise UserError(f"{file}: cannot be used as an SQLite file ({error})") from error
+  return connection
+
+
+def read_database(file: Path) -> sqlite3.Connection:
+  """A connection that only reads."""
+  return sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", timeout=60.0, uri=True)
