@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.terminal import note, print_machine, print_results, print_tries, written
+from benchmarks.terminal import note, number, print_machine, print_results, print_tries, written
 from benchmarks.workers import Worker, WorkerError
 from tsalign_jax.types import UserError
 
@@ -113,7 +113,7 @@ def _best(title: str, side: Side, work: dict, options, unit: str, eligible: Call
     if eligible(settings):
       rates[index] = speed
     mark = "" if eligible(settings) else " (not eligible)"
-    rows.append((settings, f"{speed:,.1f}{mark}", f"{run['peak_gib']:.2f}"))
+    rows.append((settings, number(speed) + mark, f"{run['peak_gib']:.2f}"))
   print_tries(f"{title}: what {side.name} tried", unit, rows)
   if not rates:
     raise UserError(f"{side.name}: none of its settings runs here; see {options.cache / 'logs'}")

@@ -63,7 +63,8 @@ class Sampling:
       cache_implementation=settings.get("cache"),  # a static one is compiled on GPUs
     )
     self.check = {"responses": work["responses"] * len(work["prompts"])}
-    self._sample(work["prompts"][: settings.get("batch", 8)])
+    # A part warms a CPU up; what a GPU compiles depends on every batch's length.
+    self._sample(work["prompts"] if DEVICE.type == "cuda" else work["prompts"][: settings.get("batch", 8)])
 
   def run(self, seed: int) -> dict[str, float]:
     """Samples every response once."""
@@ -71,11 +72,15 @@ class Sampling:
     lengths = self._sample(self.work["prompts"])
     return {"units": sum(lengths), "tokens_a_response": float(np.mean(lengths))}
 
-  @torch.inference_mode()
   def _sample(self, prompts: Sequence[Sequence[int]]) -> list[int]:
     """The length of each response."""
-    if self.settings.get("engine") == "continuous":
-      return self._continuous(prompts)
+    lengths = self._continuous(prompts) if self.settings.get("engine") == "continuous" else self._batches(prompts)
+    if len(lengths) != len(prompts) * self.work["responses"]:
+      raise RuntimeError(f"{len(lengths)} responses to {len(prompts)} prompts")
+    return lengths
+
+  @torch.inference_mode()
+  def _batches(self, prompts: Sequence[Sequence[int]]) -> list[int]:
     ordered, lengths = sorted(prompts, key=len, reverse=True), []
     for start in range(0, len(ordered), self.settings["batch"]):
       batch = self.tokenizer.pad({"input_ids": ordered[start : start + self.settings["batch"]]}, return_tensors="pt")
@@ -84,6 +89,7 @@ class Sampling:
     return lengths
 
   def _continuous(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+    # Not in inference mode: the engine works in a thread of its own, which would not be in it.
     page, sequences = 32, len(prompts) * self.work["responses"]
     pages = sequences * (2 + (max(map(len, prompts)) + self.work["max_new_tokens"]) // page)
     memory = {} if DEVICE.type == "cuda" else {"page_size": page, "num_blocks": pages, "max_batch_tokens": 512}

@@ -70,13 +70,18 @@ def print_results(title: str, unit: str, sides: Mapping[str, Sequence[Mapping[st
   for name, runs in sides.items():
     speed = (median(rates[name]), min(rates[name]), max(rates[name]))
     others = (f"{median([run[key] for run in runs]):,.2f}" for key in extras)
-    table.add_row(name, *(f"{rate:,.1f}" for rate in speed), f"{ours / speed[0]:.2f} x", *others)
+    table.add_row(name, *map(number, speed), f"{ours / speed[0]:.2f} x", *others)
   console.print(table)
 
 
 def print_machine() -> None:
   """What it was measured on."""
   note(f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+
+
+def number(value: float) -> str:
+  """At least three digits of a speed."""
+  return f"{value:,.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def written(values: Mapping[str, Any]) -> str:
