@@ -79,7 +79,8 @@ class Dpo:
     self.trainer.is_managed_externally = True  # else a second pass would skip what the first has seen
     tokens = sum(2 * len(row["prompt_tokens"]) for row in work["pairs"]) + sum(map(len, sides))
     self.check = {"tokens": tokens}
-    self.run(0)
+    for _ in range(2):  # the second pass compiles again
+      self.run(0)
 
   def run(self, seed: int) -> dict[str, float]:
     """One pass over the pairs."""

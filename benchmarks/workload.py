@@ -90,7 +90,8 @@ def templated(chat: Chat, messages: Sequence[dict]) -> str:
 
 def reward_model(options: argparse.Namespace, kind: str) -> Path:
   """The folder of the decoder or encoder with a random one-label head, the same for both sides; made once."""
-  folder, source = options.cache / f"{kind}_reward", options.policy if kind == "decoder" else options.encoder
+  source = options.policy if kind == "decoder" else options.encoder
+  folder = options.cache / f"{source.name}_reward"
   if not folder.is_dir():
     note(f"making {folder}")
     work = {"source": str(source), "target": str(folder)}
@@ -111,7 +112,7 @@ def _preferences(options: argparse.Namespace) -> list[PreferencePair]:
 
 def _sampled_pairs(options: argparse.Namespace) -> Path:
   """Answers of the policy to generated prompts, two by two; which one is better does not matter to a clock."""
-  file = options.cache / "pairs.jsonl"
+  file = options.cache / f"{options.policy.name}_pairs.jsonl"
   if file.is_file():
     return file
   chat, found = load_chat(options), read_prompts(str(_generated(options)))
