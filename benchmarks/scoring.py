@@ -12,7 +12,7 @@ from tsalign_jax.types import UserError
 
 PEER = "transformers"
 LIMIT = 512  # tokens of a prompt with its response
-LEAST_CORRELATION = 0.99  # of bfloat16 scores that two libraries round differently
+LEAST_CORRELATION = 0.98  # in bfloat16, which two libraries round differently; in float32 they agree to six digits
 OURS = {
   "decoder": [{"batch_size": batch} for batch in (32, 8, 4)],  # prompts
   "encoder": [{"batch_size": batch} for batch in (32, 16, 64)],  # sequences
