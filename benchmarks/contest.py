@@ -70,6 +70,7 @@ def contest(
     lines += [agree(facts[OURS]["check"], facts[side.name]["check"]) for side in sides if side.name != OURS]
     results = {name: [] for name in workers}
     for seed in range(1, options.runs + 1):
+      note(f"{title}: run {seed} of {options.runs}")
       for name, worker in workers.items():
         results[name].append(worker.run(seed))
   print_results(f"{title}: medians of {options.runs} runs each, taking turns", unit, results)

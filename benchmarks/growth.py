@@ -57,8 +57,8 @@ def main() -> Mapping[str, float]:
   print(_markdown(curves, options.new_tokens))
   print_machine()
   if options.svg:
-    options.svg.write_text(to_string(_draw(curves)) + "\n", encoding="utf-8")
-  return {f"extra_{name}": round(_extra(points, points[-1]), 3) for name, points in curves.items()}
+    options.svg.write_text(to_string(draw(curves)) + "\n", encoding="utf-8")
+  return {f"extra_{name}": round(extra(points, points[-1]), 3) for name, points in curves.items()}
 
 
 def _sweep(options: argparse.Namespace, name: str, values: Sequence[int]) -> list[Point]:
@@ -97,7 +97,7 @@ def _tokens(options: argparse.Namespace) -> list[int]:
   return [token for prompt in prompts(options, 32) for token in chat.prompt_tokens(prompt.messages)]
 
 
-def _extra(points: Sequence[Point], point: Point) -> float:
+def extra(points: Sequence[Point], point: Point) -> float:
   """What each unit after the first costs, relative to the first: 1 is proportional growth, 0 is free."""
   first = points[0]
   return (point.seconds / first.seconds - 1) / (point.value / first.value - 1)
@@ -110,21 +110,21 @@ def _markdown(curves: Mapping[str, Sequence[Point]], new_tokens: int) -> str:
   ]
   for name, points in curves.items():
     for point in points:
-      extra = "" if point is points[0] else f"{_extra(points, point):.2f}"
+      share = "" if point is points[0] else f"{extra(points, point):.2f}"
       cells = (
         f"{NAMES[name]}",
         f"{point.value:,}",
         f"{point.seconds:.2f}",
         f"{point.tokens / point.seconds:,.0f}",
         f"{point.seconds / points[0].seconds:.2f}",
-        extra,
+        share,
       )
       lines.append(f"| {' | '.join(cells)} |")
   fixed = ", ".join(f"{value} {NAMES[name]}" for name, value in BASE.items())
   return "\n".join([*lines, "", f"Where it does not grow: {fixed}; {new_tokens} new tokens."])
 
 
-def _draw(curves: Mapping[str, Sequence[Point]]) -> Element:
+def draw(curves: Mapping[str, Sequence[Point]]) -> Element:
   """One panel a sweep, both axes in doublings; the dashed line is cost in proportion."""
   ends = (f"{NAMES[name]}: {points[-1].seconds / points[0].seconds:.2f} times" for name, points in curves.items())
   svg = drawing("How sampling time grows", "; ".join(ends), LEFT + PANEL * len(curves), TOP + SIZE + 54)

@@ -85,7 +85,7 @@ class Sampling:
     for start in range(0, len(ordered), self.settings["batch"]):
       batch = self.tokenizer.pad({"input_ids": ordered[start : start + self.settings["batch"]]}, return_tensors="pt")
       out = self.model.generate(**batch.to(DEVICE), generation_config=self.config)
-      lengths += _lengths(out[:, batch["input_ids"].shape[1] :].cpu().numpy(), self.work["stop"])
+      lengths += useful_lengths(out[:, batch["input_ids"].shape[1] :].cpu().numpy(), self.work["stop"])
     return lengths
 
   def _continuous(self, prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -238,11 +238,11 @@ class _Lengths:
     self.stop, self.lengths = stop, []
 
   def __call__(self, completion_ids: Sequence[Sequence[int]], **_) -> list[float]:
-    self.lengths += _lengths(np.asarray(completion_ids), self.stop)
+    self.lengths += useful_lengths(np.asarray(completion_ids), self.stop)
     return [0.0] * len(completion_ids)
 
 
-def _lengths(tokens: np.ndarray, stop: Sequence[int]) -> list[int]:
+def useful_lengths(tokens: np.ndarray, stop: Sequence[int]) -> list[int]:
   """The length of each row up to its first end token, with it."""
   ends = np.isin(tokens, stop)
   return np.where(ends.any(1), ends.argmax(1) + 1, tokens.shape[1]).tolist()

@@ -1,6 +1,6 @@
 """Our side of every benchmark: the engines that the stages use, called as the stages call them.
 
-The three engines are `Sampler`, `Scorer` and `Trainer`; what is timed, the contenders below them, only counts.
+`Sampler`, `Scorer` and `Trainer` make the calls; the contenders below them only count the work.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
