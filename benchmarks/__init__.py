@@ -1,0 +1,1 @@
+"""Side-by-side measurements against what people run today; see README.md."""

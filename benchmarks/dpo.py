@@ -1,0 +1,75 @@
+"""Pairs a second and peak memory of a DPO step: `python -m benchmarks.dpo`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from benchmarks.contest import Runs, Side, contest, ours, ratio
+from benchmarks.optional import add_tunix, tunix
+from benchmarks.terminal import command, parser
+from benchmarks.workload import pairs
+from tsalign_jax.types import UserError
+
+PEER = "TRL"
+# Relative differences, from bfloat16: of the first step's loss, log-probabilities and gradient norm.
+TOLERANCE = {"tokens": 0.0, "loss": 0.01, "logps/chosen": 0.02, "logps/rejected": 0.02, "grad_norm": 0.2}
+OURS = [
+  {"microbatch": 8, "remat": False},
+  {"microbatch": 4, "remat": False},
+  {"microbatch": 16, "remat": False},
+  {"microbatch": 8, "remat": True},
+]
+THEIRS = [
+  {"batch": 8, "checkpointing": False},
+  {"batch": 4, "checkpointing": False},
+  {"batch": 16, "checkpointing": False},
+  {"batch": 8, "checkpointing": False, "attention": "eager"},
+  {"batch": 8, "checkpointing": True},
+  {"batch": 8, "checkpointing": False, "precompute": False},
+  {"batch": 8, "checkpointing": False, "weights": "bfloat16"},
+]
+
+
+def main() -> Mapping[str, float]:
+  """Ratios of speed and of peak memory, after a table."""
+  out = parser(__doc__.splitlines()[0])
+  out.add_argument("--count", type=int, default=64, help="pairs")
+  out.add_argument("--batch-size", type=int, default=32, help="pairs an optimizer step")
+  out.add_argument("--prompt-tokens", type=int, default=128, help="pairs with prompts nearest to this length are taken")
+  add_tunix(out)
+  options = out.parse_args()
+  work = {
+    "policy": str(options.policy),
+    "pairs": pairs(options, options.count, prompt_tokens=options.prompt_tokens),
+    "batch_size": options.batch_size,
+    "learning_rate": 1e-6,
+    "beta": 0.1,
+  }
+  sides = [ours("Dpo", OURS), Side(PEER, "benchmarks.hugging_face:Dpo", THEIRS), *tunix(options, "Dpo")]
+  results = contest("DPO step", sides, work, options, unit="pairs/s", agree=same_step, eligible=keeps_small_steps)
+  ratios = {"dpo_step": ratio(results, PEER), "dpo_memory": ratio(results, PEER, peak_memory)}
+  return ratios | {f"dpo_step_{name}": ratio(results, name) for name in list(results)[2:]}
+
+
+def peak_memory(runs: Runs) -> float:
+  """GiB that the process held at most, from its start to the end of its last run."""
+  return max(run["peak_gib"] for run in runs)
+
+
+def keeps_small_steps(settings: Mapping[str, Any]) -> bool:
+  """False where weights are trained in bfloat16, which loses steps of 1e-6: shown, but another training."""
+  return settings.get("weights") != "bfloat16"
+
+
+def same_step(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+  """The first step in numbers; UserError unless both sides trained on the same tokens and nearly agree."""
+  for name, tolerance in TOLERANCE.items():
+    if name in theirs and not np.isclose(ours[name], theirs[name], rtol=tolerance, atol=0):
+      raise UserError(f"in the first step, {name} is {ours[name]:g} on our side and {theirs[name]:g} on the other")
+  facts = ", ".join(f"{name} {ours[name]:,.5g} | {theirs[name]:,.5g}" for name in TOLERANCE if name in theirs)
+  return f"First step, ours | theirs: {facts}."
+
+
+if __name__ == "__main__":
+  command(main)

@@ -1,0 +1,47 @@
+"""Prompts a second through a whole round, sampled, scored, paired and trained on: `python -m benchmarks.round`."""
+
+from collections.abc import Mapping
+
+from benchmarks.contest import Side, contest, ours, ratio
+from benchmarks.terminal import command, parser
+from benchmarks.workload import load_chat, prompts, reward_model
+
+PEER = "TRL online DPO"
+RESPONSES = 2  # a prompt: TRL's online DPO knows no other number
+OURS = [{"batch_prompts": batch, "microbatch": 8} for batch in (32, 16)]
+THEIRS = [
+  {"batch": 16, "checkpointing": False, "weights": "bfloat16"},
+  {"batch": 8, "checkpointing": False, "weights": "bfloat16"},
+  {"batch": 32, "checkpointing": False, "weights": "bfloat16"},
+  {"batch": 16, "checkpointing": False, "weights": "float32"},
+]
+
+
+def main() -> Mapping[str, float]:
+  """The ratio of speed, after a table."""
+  out = parser(__doc__.splitlines()[0])
+  out.add_argument("--count", type=int, default=64, help="prompts")
+  out.add_argument("--max-new-tokens", type=int, default=128, help="longest response")
+  out.add_argument("--batch-size", type=int, default=32, help="pairs an optimizer step")
+  options = out.parse_args()
+  chat, chosen = load_chat(options), prompts(options, options.count)
+  tokens = [chat.prompt_tokens(prompt.messages) for prompt in chosen]
+  work = {
+    "policy": str(options.policy),
+    "reward": str(reward_model(options, "decoder")),
+    "messages": [prompt.messages for prompt in chosen],
+    "prompts": tokens,
+    "responses": RESPONSES,
+    "max_new_tokens": options.max_new_tokens,
+    "max_tokens": max(map(len, tokens)) + options.max_new_tokens + 2,  # an answer, tokenised again, may grow
+    "stop": chat.stop_tokens,
+    "batch_size": options.batch_size,
+    "learning_rate": 1e-6,
+    "beta": 0.1,
+  }
+  sides = [ours("Round", OURS), Side(PEER, "benchmarks.hugging_face:Round", THEIRS)]
+  return {"round": ratio(contest("A round", sides, work, options, unit="prompts/s"), PEER)}
+
+
+if __name__ == "__main__":
+  command(main)

@@ -1,0 +1,28 @@
+"""Contenders that need nothing: what the tests of the workers start."""
+
+import time
+
+
+class Counting:
+  """Works for a moment, and says what it was given; fails to warm up where the settings say so."""
+
+  packages = ("pytest",)
+
+  def __init__(self, work, settings):
+    if settings.get("broken"):
+      raise ValueError("no such batch size")
+    self.check = {"work": work, "settings": settings, "torch": _has_torch()}
+    print("a library that prints")
+
+  def run(self, seed):
+    """One unit for each of the work."""
+    time.sleep(0.01)
+    return {"units": 3, "seed": seed}
+
+
+def _has_torch() -> bool:
+  try:
+    import torch  # noqa: F401
+  except ImportError:
+    return False
+  return True
