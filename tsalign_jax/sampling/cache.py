@@ -5,7 +5,8 @@ A cache is a tuple with one entry a layer (unrolled layers), or one pytree whose
 
 Branches differ in length, and to write one column of each would be a scatter, or a pass over the whole cache. So all
 branches begin at multiples of PHASE steps: the tokens of the current phase lie in the same columns of a small cache,
-`recent`, and move to their own columns in the large one, `own`, together at the end of the phase.
+`recent`, and move to their own columns in the large one, `own`, together at the end of the phase. So few columns
+cannot be the last axis, which TPUs fill up to 128; the keys of `recent` keep head_dim there.
 """
 
 from typing import NamedTuple
@@ -42,6 +43,12 @@ def empty_cache(config: DecoderConfig, layout: Layout, lead: tuple[int, ...], le
     return KV(jnp.zeros((*lead, config.head_dim, length), dtype), jnp.zeros((*lead, length, config.head_dim), dtype))
 
   return layer() if layout == "stacked" else tuple(layer() for _ in range(config.layers))
+
+
+def empty_recent(config: DecoderConfig, layout: Layout, lead: tuple[int, ...], dtype) -> Cache:
+  """As `empty_cache`, for the tokens of one phase: keys lie as values do."""
+  cache = empty_cache(config, layout, lead, PHASE, dtype)
+  return jax.tree.map(lambda kv: KV(_turned(kv.key), kv.value), cache, is_leaf=lambda node: isinstance(node, KV))
 
 
 def read(cache: Cache, layer) -> KV:
@@ -116,25 +123,23 @@ class Decode:
 
   def __call__(self, query, key, value, *, masking: Masking, layer, cache: Cache):
     """The attention output [slots, lanes, heads, head_dim] and `recent` with this step's keys and values."""
-    cache = self._put(cache, layer, KV(key[..., None], value[..., None, :]))
+    cache = self._put(cache, layer, KV(key[..., None, :], value[..., None, :]))
+    recent = read(cache, layer)
     parts = (
       Keys(*read(self.own, layer), self.own_position, self.own_mask),
-      Keys(*read(cache, layer), self.recent_position, self.recent_mask),
+      Keys(_turned(recent.key), recent.value, self.recent_position, self.recent_mask),
     )
     trunk = Keys(*read(self.trunk, layer), self.trunk_position, self.trunk_mask)
     out = attend(query[:, :, None], self.position[..., None], parts, trunk, masking)
     return out[:, :, 0], cache
 
   def _put(self, recent: Cache, layer, new: KV) -> Cache:
-    stacked = isinstance(recent, KV)
-    old = recent if stacked else recent[layer]
-    start = (layer, 0, 0, 0) if stacked else (0, 0, 0)
-    key, value = (part[None] if stacked else part for part in new)
-    entry = KV(
-      jax.lax.dynamic_update_slice(old.key, key.astype(old.key.dtype), (*start, 0, self.offset)),
-      jax.lax.dynamic_update_slice(old.value, value.astype(old.value.dtype), (*start, self.offset, 0)),
-    )
-    return entry if stacked else write(recent, layer, entry)
+    def put(old, added, start):
+      return jax.lax.dynamic_update_slice(old, added.astype(old.dtype), (*start, 0, 0, 0, self.offset, 0))
+
+    if isinstance(recent, KV):
+      return KV(*(put(old, added[None], (layer,)) for old, added in zip(recent, new, strict=True)))
+    return write(recent, layer, KV(*(put(old, added, ()) for old, added in zip(recent[layer], new, strict=True))))
 
 
 def end_phase(own: Cache, recent: Cache, length: Int[Array, "slots lanes"]) -> Cache:
@@ -149,11 +154,15 @@ def end_phase(own: Cache, recent: Cache, length: Int[Array, "slots lanes"]) -> C
     key = old.key.reshape(*old.key.shape[:-1], blocks, PHASE)
     value = old.value.reshape(*old.value.shape[:-2], blocks, PHASE, old.value.shape[-1])
     return KV(
-      jnp.where(there[:, :, None, None, :, None], new.key[..., None, :], key).reshape(old.key.shape),
+      jnp.where(there[:, :, None, None, :, None], _turned(new.key)[..., None, :], key).reshape(old.key.shape),
       jnp.where(there[:, :, None, :, None, None], new.value[..., None, :, :], value).reshape(old.value.shape),
     )
 
   return move(own, recent) if isinstance(own, KV) else tuple(map(move, own, recent))
+
+
+def _turned(key):
+  return jnp.swapaxes(key, -1, -2)
 
 
 def _columns(cache: Cache) -> int:

@@ -37,6 +37,7 @@ from tsalign_jax.sampling.cache import (
   batch_axis,
   constrain_cache,
   empty_cache,
+  empty_recent,
   end_phase,
 )
 from tsalign_jax.sampling.draw import draw
@@ -204,7 +205,7 @@ class _Programs:
       branch=jnp.full((slots, lanes), k),
       token=jnp.zeros((slots, lanes), jnp.int32),
       own=cache(lead=(slots, lanes), length=round_up(limit, PHASE)),
-      recent=cache(lead=(slots, lanes), length=PHASE),
+      recent=empty_recent(self.model.config, self.model.layout, (slots, lanes), self.model.dtype),
       draft=_blank((slots, lanes), limit),
       done=_blank((slots, k), limit),
     )
