@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tsalign_jax.ops.einsum import wide_einsum
+from tsalign_jax.ops.masking import Masking
 from tsalign_jax.types import Branches
 
 MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
@@ -23,14 +24,6 @@ class Keys(NamedTuple):
   value: Float[Array, "batch *k kv_heads length head_dim"]
   position: Int[Array, "batch *k length"]
   valid: Bool[Array, "batch *k length"]
-
-
-class Masking(NamedTuple):
-  """What a layer adds to plain causal attention: logit scale, soft cap (Gemma 2), sliding window in tokens."""
-
-  scale: float
-  softcap: float | None = None
-  window: int | Array | None = None
 
 
 def attend(
@@ -77,7 +70,7 @@ def _visible(position, keys: Keys, masking: Masking) -> Bool[Array, "batch k que
     key_position, valid = key_position[:, None], valid[:, None]
   distance = position[..., :, None] - key_position[..., None, :]
   visible = valid[..., None, :] & (distance >= 0)
-  return visible if masking.window is None else visible & (distance < masking.window)
+  return visible if (window := masking.window) is None else visible & (distance < window)
 
 
 class TrunkAndBranches:

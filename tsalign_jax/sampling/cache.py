@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from tsalign_jax.models.config import DecoderConfig
 from tsalign_jax.models.decoder import Layout
-from tsalign_jax.ops.attention import Keys, Masking, attend, attend_trunk, heads_first, positions
+from tsalign_jax.ops.attention import Keys, attend, attend_trunk, heads_first, positions
+from tsalign_jax.ops.masking import Masking
 from tsalign_jax.types import Branches
 
 
