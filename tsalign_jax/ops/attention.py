@@ -1,11 +1,16 @@
-"""Attention of branch tokens to [their shared trunk | their own branch], without a key for any sibling."""
+"""Attention of branch tokens to [their shared trunk | their own branch], without a key for any sibling.
+
+Here it is plain XLA; on TPUs whole batches go to one kernel instead (see `ops.splash`).
+"""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from tsalign_jax.ops import splash
 from tsalign_jax.ops.einsum import wide_einsum
 from tsalign_jax.ops.masking import Masking
 from tsalign_jax.types import Branches
@@ -76,17 +81,23 @@ def _visible(position, keys: Keys, masking: Masking) -> Bool[Array, "batch k que
 class TrunkAndBranches:
   """Attention over a whole `Branches` batch: what scoring and training attend with.
 
-  Tokens come as [batch, prompt + k * response], the trunk first; the callers of `attend` never see a mask.
+  Tokens come as [batch, prompt + k * response], the trunk first; the callers of `attend` never see a mask. `mesh` is
+  the one that the program runs on, which decides how: on TPUs by a kernel that needs to know it.
   """
 
-  def __init__(self, batch: Branches):
+  def __init__(self, batch: Branches, mesh: Mesh | None = None):
+    self.mesh = mesh
     self.shape = batch.branches.shape
+    self.trunk_length = batch.trunk_length
     self.prompt = batch.trunk.shape[1]
     self.trunk_mask, self.branch_mask = batch.trunk_mask, batch.branch_mask
     self.trunk_position, self.branch_position = positions(batch)
 
   def __call__(self, query, key, value, *, masking: Masking, layer, cache):
     """The attention output [batch, tokens, heads, head_dim], and the cache as it came (there is none to keep)."""
+    if splash.applies(self.mesh, query.dtype):
+      columns = splash.Columns(self.prompt, self.shape[2])
+      return splash.attend_tokens(query, key, value, self.trunk_length, columns, masking, self.mesh), cache
     trunk = Keys(
       heads_first(key[:, : self.prompt]), heads_first(value[:, : self.prompt]), self.trunk_position, self.trunk_mask
     )

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tsalign_jax.models.config import DecoderConfig
 from tsalign_jax.models.decoder import Layout
-from tsalign_jax.ops.attention import Keys, attend, attend_trunk, heads_first, positions
+from tsalign_jax.ops.attention import Keys, TrunkAndBranches, attend, heads_first, positions
 from tsalign_jax.ops.masking import Masking
 from tsalign_jax.types import Branches
 
@@ -48,16 +49,16 @@ def write(cache: Cache, layer, entry: KV) -> Cache:
 
 
 class Prefill:
-  """Self-attention of the trunks that leaves their keys and values in the cache."""
+  """Self-attention of trunks without branches, that leaves their keys and values in the cache."""
 
-  def __init__(self, batch: Branches):
-    self.mask = batch.trunk_mask
-    self.position, _ = positions(batch)
+  def __init__(self, batch: Branches, mesh: Mesh | None = None):
+    self.attend = TrunkAndBranches(batch, mesh)
+    self.position = self.attend.trunk_position
 
   def __call__(self, query, key, value, *, masking: Masking, layer, cache: Cache):
     """The attention output [batch, prompt, heads, head_dim] and the filled cache."""
+    out, _ = self.attend(query, key, value, masking=masking, layer=layer, cache=None)
     entry = KV(heads_first(key), heads_first(value))
-    out = attend_trunk(query, Keys(*entry, self.position, self.mask), masking)
     return out, write(cache, layer, jax.tree.map(lambda new, old: new.astype(old.dtype), entry, read(cache, layer)))
 
 

@@ -126,7 +126,7 @@ def _generate(
     return choose(hidden, progress._replace(cache=cache))
 
   with jax.named_scope("prefill"):
-    prefill = Prefill(batch)
+    prefill = Prefill(batch, mesh)
     trunk = empty_cache(model.config, model.layout, shape[:1], batch.trunk.shape[1], model.dtype)
     hidden, trunk = language_model.model(batch.trunk, prefill.position, prefill, cache=trunk, dtype=model.dtype)
   start = Responses(
