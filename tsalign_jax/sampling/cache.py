@@ -77,13 +77,19 @@ class Decode:
 
   def __call__(self, query, key, value, *, masking: Masking, layer, cache: Cache):
     """The attention output [batch, k, heads, head_dim] and the cache with this step's keys and values."""
-    entry = read(cache, layer)
-    added = KV(*(self._put(old, new) for old, new in zip(entry, (key, value), strict=True)))
-    own = Keys(*added, self.position, self.valid)
+    cache = self._put(cache, layer, KV(key, value))
+    own = Keys(*read(cache, layer), self.position, self.valid)
     trunk = Keys(*read(self.trunk, layer), self.trunk_position, self.trunk_mask)
     out = attend(query[:, :, None], self.query_position, own, trunk, masking)
-    return out[:, :, 0], write(cache, layer, added)
+    return out[:, :, 0], cache
 
-  def _put(self, old, new):
-    # [batch, k, heads, head_dim] into column `step` of [batch, k, heads, length, head_dim]
-    return jax.lax.dynamic_update_slice_in_dim(old, new[..., None, :].astype(old.dtype), self.step, axis=3)
+  def _put(self, cache: Cache, layer, new: KV) -> Cache:
+    if not isinstance(cache, KV):
+      added = (self._put_column(old, array, ()) for old, array in zip(cache[layer], new, strict=True))
+      return write(cache, layer, KV(*added))
+    # Straight into the stack: a layer that is read, changed and written back moves three times the bytes.
+    return KV(*(self._put_column(old, array[None], (layer,)) for old, array in zip(cache, new, strict=True)))
+
+  def _put_column(self, old, new, layer: tuple):
+    # [batch, k, heads, head_dim] into column `step` of [batch, k, heads, length, head_dim], or of a stack of these
+    return jax.lax.dynamic_update_slice(old, new[..., None, :].astype(old.dtype), (*layer, 0, 0, 0, self.step, 0))
