@@ -104,10 +104,13 @@ def _generate(
 
   def choose(hidden, progress: _Progress) -> _Progress:
     """Draws the token at `step` for every branch that goes on, and books it."""
-    logits = language_model.logits(constrain_batch(hidden, mesh), head)
+    # Rows in one axis: TPUs tile the last two, and a few rows a prompt would be padded to as many as a tile has.
+    rows = constrain_batch(hidden, mesh).reshape(-1, hidden.shape[-1])
+    logits = language_model.logits(rows, head)
     step, out = progress.step, progress.out
-    token = draw(logits, jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, step), sampling)
-    logprob = jnp.take_along_axis(logits, token[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
+    token = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys.reshape(-1), step), sampling)
+    logprob = jnp.take_along_axis(logits, token[:, None], -1)[:, 0] - jax.nn.logsumexp(logits, -1)
+    token, logprob = token.reshape(shape), logprob.reshape(shape)
     going = ~out.stopped
     token = jnp.where(going, token, 0)
     out = Responses(
