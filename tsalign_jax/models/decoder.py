@@ -13,10 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from tsalign_jax.models.config import DecoderConfig
 from tsalign_jax.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, Rotation, rotate, rotation
-from tsalign_jax.ops.attention import Masking
+from tsalign_jax.ops.masking import Masking
 
 Layout = Literal["stacked", "unrolled"]
-FAR = 1 << 30  # a window no sequence reaches: "none", where windows differ by layer inside one scan
 
 
 class Attend(Protocol):
@@ -126,36 +125,40 @@ class Decoder(nnx.Module):
     x, cache = run(x, turns, attend, cache, remat)
     return self.norm(x), cache
 
-  def _masking(self, window) -> Masking:
-    return Masking(self.config.attention_scale, self.config.attention_softcap, window)
+  def _masking(self, windows: tuple[int | None, ...], kind=0) -> Masking:
+    return Masking(self.config.attention_scale, self.config.attention_softcap, windows, kind)
 
   def _run_unrolled(self, x, turns, attend, cache, remat):
     for index, layer in enumerate(self.layers):
-      masking = self._masking(self.config.windows[index])
-      turn = turns[self.config.layer_ropes[index]]
-
-      def step(layer, x, turn, cache, masking=masking, index=index):
-        return layer(x, turn, functools.partial(attend, masking=masking, layer=index, cache=cache))
-
-      x, cache = (nnx.remat(step) if remat else step)(layer, x, turn, cache)
+      step = self._step(index, attend)
+      x, cache = (nnx.remat(step) if remat else step)(layer, x, turns[self.config.layer_ropes[index]], cache)
     return x, cache
+
+  def _step(self, index: int, attend):
+    # A closure, because remat traces every argument: a window that is static has to stay so.
+    masking = self._masking(self.config.windows[index : index + 1])
+
+    def step(layer, x, turn, cache):
+      return layer(x, turn, functools.partial(attend, masking=masking, layer=index, cache=cache))
+
+    return step
 
   def _run_stacked(self, x, turns, attend, cache, remat):
     skeleton, weights = nnx.split(self.layers)
     turns = jax.tree.map(lambda *parts: jnp.stack(parts), *turns)
-    windowed = any(self.config.windows)
+    windows = tuple(dict.fromkeys(self.config.windows))
     per_layer = (
       weights,
       jnp.arange(self.config.layers),
       jnp.asarray(self.config.layer_ropes),
-      jnp.asarray([window or FAR for window in self.config.windows]),
+      jnp.asarray([windows.index(window) for window in self.config.windows]),
     )
 
     def step(carry, inputs):
       x, cache = carry
-      weights, index, rope, window = inputs
+      weights, index, rope, kind = inputs
       turn = Rotation(*(part[rope] for part in turns))
-      masking = self._masking(window if windowed else None)
+      masking = self._masking(windows, kind if len(windows) > 1 else 0)
       layer = nnx.merge(skeleton, weights)
       return layer(x, turn, functools.partial(attend, masking=masking, layer=index, cache=cache)), None
 

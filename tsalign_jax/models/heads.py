@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from tsalign_jax.models.config import DecoderConfig, EncoderConfig
@@ -39,9 +40,11 @@ class DecoderRewardModel(nnx.Module):
     self.model = Decoder(config, rngs, layout)
     self.score = Linear({"embed": config.embed}, {"label": 1}, rngs)
 
-  def __call__(self, batch: Branches, *, dtype=jnp.float32, remat: bool = False) -> Float[Array, "batch k"]:
+  def __call__(
+    self, batch: Branches, *, mesh: Mesh | None = None, dtype=jnp.float32, remat: bool = False
+  ) -> Float[Array, "batch k"]:
     """The reward of each branch; where a branch is empty, that of its trunk."""
-    hidden, _ = self.model(*flatten(batch), TrunkAndBranches(batch), dtype=dtype, remat=remat)
+    hidden, _ = self.model(*flatten(batch), TrunkAndBranches(batch, mesh), dtype=dtype, remat=remat)
     prompt = batch.trunk.shape[1]
     _, k, response = batch.branches.shape
     last = prompt + jnp.arange(k) * response + batch.branch_length - 1

@@ -1,4 +1,7 @@
-"""Attention of branch tokens to [their shared trunk | their own branch], without a key for any sibling."""
+"""Attention of branch tokens to [their shared trunk | their own branch], without a key for any sibling.
+
+Here it is plain XLA; on TPUs whole batches go to one kernel instead (see `ops.splash`).
+"""
 
 import functools
 from collections.abc import Sequence
@@ -6,9 +9,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from tsalign_jax.ops import splash
 from tsalign_jax.ops.einsum import wide_matmul
+from tsalign_jax.ops.masking import Masking
 from tsalign_jax.types import Branches
 
 MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
@@ -25,14 +31,6 @@ class Keys(NamedTuple):
   value: Float[Array, "batch *k kv_heads length head_dim"]
   position: Int[Array, "batch *k length"]
   valid: Bool[Array, "batch *k length"]
-
-
-class Masking(NamedTuple):
-  """What a layer adds to plain causal attention: logit scale, soft cap (Gemma 2), sliding window in tokens."""
-
-  scale: float
-  softcap: float | None = None
-  window: int | Array | None = None
 
 
 def attend(
@@ -101,17 +99,20 @@ def _visible(position, keys: Keys, masking: Masking) -> Bool[Array, "batch k que
     key_position, valid = key_position[:, None], valid[:, None]
   distance = position[..., :, None] - key_position[..., None, :]
   visible = valid[..., None, :] & (distance >= 0)
-  return visible if masking.window is None else visible & (distance < masking.window)
+  return visible if (window := masking.window) is None else visible & (distance < window)
 
 
 class TrunkAndBranches:
   """Attention over a whole `Branches` batch: what scoring and training attend with.
 
-  Tokens come as [batch, prompt + k * response], the trunk first; the callers of `attend` never see a mask.
+  Tokens come as [batch, prompt + k * response], the trunk first; the callers of `attend` never see a mask. `mesh` is
+  the one that the program runs on, which decides how: on TPUs by a kernel that needs to know it.
   """
 
-  def __init__(self, batch: Branches):
+  def __init__(self, batch: Branches, mesh: Mesh | None = None):
+    self.mesh = mesh
     self.shape = batch.branches.shape
+    self.trunk_length = batch.trunk_length
     self.prompt = batch.trunk.shape[1]
     self.positions = self.prompt + self.shape[2]
     self.trunk_mask, self.branch_mask = batch.trunk_mask, batch.branch_mask
@@ -119,6 +120,9 @@ class TrunkAndBranches:
 
   def __call__(self, query, key, value, *, masking: Masking, layer, cache):
     """The attention output [batch, tokens, heads, head_dim], and the cache as it came (there is none to keep)."""
+    if splash.applies(self.mesh, query.dtype):
+      columns = splash.Columns(self.prompt, self.shape[2])
+      return splash.attend_tokens(query, key, value, self.trunk_length, columns, masking, self.mesh), cache
     trunk = Keys(*lay_out(key[:, : self.prompt], value[:, : self.prompt]), self.trunk_position, self.trunk_mask)
     out = attend_trunk(query[:, : self.prompt], trunk, masking)
     if self.shape[1]:

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from tsalign_jax.models.config import DecoderConfig
 from tsalign_jax.models.decoder import Layout
-from tsalign_jax.ops.attention import Keys, Masking, attend, attend_trunk, lay_out, positions
+from tsalign_jax.ops.attention import Keys, TrunkAndBranches, attend, lay_out
+from tsalign_jax.ops.masking import Masking
 from tsalign_jax.parallel.mesh import constrain
 from tsalign_jax.types import Branches
 
@@ -80,16 +81,16 @@ def constrain_cache(cache: Cache, mesh: Mesh) -> Cache:
 
 
 class Prefill:
-  """Self-attention of the trunks that leaves their keys and values in the cache."""
+  """Self-attention of trunks without branches, that leaves their keys and values in the cache."""
 
-  def __init__(self, batch: Branches):
-    self.mask, self.positions = batch.trunk_mask, batch.trunk.shape[1]
-    self.position, _ = positions(batch)
+  def __init__(self, batch: Branches, mesh: Mesh | None = None):
+    self.attend = TrunkAndBranches(batch, mesh)
+    self.position, self.positions = self.attend.trunk_position, self.attend.positions
 
   def __call__(self, query, key, value, *, masking: Masking, layer, cache: Cache):
     """The attention output [batch, prompt, heads, head_dim] and the filled cache."""
+    out, _ = self.attend(query, key, value, masking=masking, layer=layer, cache=None)
     entry = KV(*lay_out(key, value))
-    out = attend_trunk(query, Keys(*entry, self.position, self.mask), masking)
     return out, write(cache, layer, jax.tree.map(lambda new, old: new.astype(old.dtype), entry, read(cache, layer)))
 
 

@@ -215,7 +215,7 @@ class _Programs:
     """Prefills the trunks and puts trunk `source` into each slot; slots with source -1 stay as they are."""
     with jax.named_scope("prefill"):
       language_model: LanguageModel = self.model.skeleton.bind(params)
-      prefill, (rows, width) = Prefill(batch), batch.trunk.shape
+      prefill, (rows, width) = Prefill(batch, self.mesh), batch.trunk.shape
       cache = empty_cache(self.model.config, self.model.layout, (rows,), width, self.model.dtype)
       hidden, cache = language_model.model(batch.trunk, prefill.position, prefill, cache=cache, dtype=self.model.dtype)
 
@@ -296,9 +296,11 @@ class _Programs:
       state.token, attend.position, attend, cache=state.recent, dtype=self.model.dtype
     )
     hidden = jnp.where((draft.length == 0)[..., None], state.last[:, None], hidden)
-    logits = language_model.logits(constrain_batch(hidden, self.mesh), head)
     keys = _fold(branch_keys(key, state.prompt_id, state.branch), draft.length)
-    token, logprob = draw(logits, keys, self.sampling)
+    # Rows in one axis: TPUs tile the last two, and a few lanes a slot would be padded to as many as a tile has.
+    rows = constrain_batch(hidden, self.mesh).reshape(-1, hidden.shape[-1])
+    drawn = draw(language_model.logits(rows, head), keys.reshape(-1), self.sampling)
+    token, logprob = (array.reshape(grows.shape) for array in drawn)
     token = jnp.where(grows, token, 0)
     here = grows[..., None] & (jnp.arange(self.sampling.max_new_tokens) == draft.length[..., None])
     draft = Responses(

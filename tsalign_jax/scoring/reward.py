@@ -131,7 +131,7 @@ class DecoderEngine(RewardEngine):
 
   def rewards(self, module, batch) -> Float[Array, "batch k"]:
     """The reward at each branch's last real token."""
-    return module(batch, dtype=self.model.dtype, remat=self.model.remat)
+    return module(batch, mesh=self.mesh, dtype=self.model.dtype, remat=self.model.remat)
 
 
 class EncoderEngine(RewardEngine):

@@ -32,7 +32,8 @@ def branch_logps(
   language_model: LanguageModel, batch: Branches, model: ModelHandle, mesh: Mesh
 ) -> Float[Array, "batch k"]:
   """log p(branch | trunk) in nats, at temperature 1: only branch tokens pay the vocabulary projection."""
-  hidden, _ = language_model.model(*flatten(batch), TrunkAndBranches(batch), dtype=model.dtype, remat=model.remat)
+  attend = TrunkAndBranches(batch, mesh)
+  hidden, _ = language_model.model(*flatten(batch), attend, dtype=model.dtype, remat=model.remat)
   hidden = constrain_batch(hidden, mesh)
   rows, k, response = batch.branches.shape
   prompt = batch.trunk.shape[1]
