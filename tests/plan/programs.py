@@ -21,6 +21,7 @@ from tsalign_jax.models.config import read_config
 from tsalign_jax.models.loading import ModelHandle
 from tsalign_jax.parallel.mesh import replicated, sharding
 from tsalign_jax.parallel.topology import topology_mesh
+from tsalign_jax.sampling.cache import PHASE
 from tsalign_jax.sampling.engine import build_sampler
 from tsalign_jax.scoring.reward import build_reward_engine
 from tsalign_jax.training.align import AlignBatch, build_loss
@@ -57,15 +58,22 @@ def facts(lowered) -> tuple[dict, str]:
   return {"kernels": kernels, "peak": compiled.memory_analysis().peak_memory_in_bytes}, text
 
 
-def sample(model: ModelHandle, mesh: Mesh) -> dict:
-  """Prefill and decode, and what one step of decoding moves."""
+def sample(model: ModelHandle, mesh: Mesh) -> dict[str, dict]:
+  """Prefill, and decode with what one step of it moves, the end of its phase included."""
   sampler = build_sampler(model, mesh, SAMPLING, (128001, 128009))
-  params = model.skeleton.abstract(mesh, model.param_dtype)
-  batch = branches(mesh, sampler.rows, PROMPT, 0, 0)
+  params = model.skeleton.abstract(mesh, model.dtype)
+  shapes, where = jax.eval_shape(lambda: sampler.empty(PROMPT)), sampler.empty.lower(PROMPT).compile().output_shardings
+  slots = jax.tree.map(lambda one, to: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=to), shapes, where)
+  everywhere = replicated(mesh)
+  ids = jax.ShapeDtypeStruct((sampler.admitted,), jnp.int32, sharding=everywhere)
+  flags = [jax.ShapeDtypeStruct((sampler.slots,), dtype, sharding=everywhere) for dtype in (jnp.int32, bool)]
+  batch = branches(mesh, sampler.admitted, PROMPT, 0, 0)
+  prefill, _ = facts(sampler.admit.lower(params, slots, batch, ids, flags[0]))
   key = jax.eval_shape(lambda: jax.random.key(0))
-  known, text = facts(sampler.program.lower(params, batch, rows(mesh, sampler.rows), key))
+  decode, text = facts(sampler.decode.lower(params, slots, flags[1], 1, key))
   program = Program(text)
-  return known | {"moved": program.traffic(program.open_loop()), "ideal": ideal_step(model, mesh, params)}
+  moved = program.traffic(program.open_loop()) / PHASE
+  return {"prefill": prefill, "decode": decode | {"moved": moved, "ideal": ideal_step(model, mesh, params)}}
 
 
 def ideal_step(model: ModelHandle, mesh: Mesh, params) -> int:
@@ -152,7 +160,7 @@ def known_loops(device) -> dict[str, int]:
 def main(topology: str, folder: str) -> None:
   model = ModelHandle(Path(folder), read_config(Path(folder)), "stacked", True, "bfloat16", "bfloat16")
   mesh = topology_mesh(topology)
-  programs = {"sample": sample(model, topology_mesh(topology, **SAMPLING_MESH[topology])), "score": score(model, mesh)}
+  programs = sample(model, topology_mesh(topology, **SAMPLING_MESH[topology])) | {"score": score(model, mesh)}
   programs |= train(model, mesh) | {"gemma": train(small_gemma(model), mesh)["accumulate"]}
   print(json.dumps({"programs": programs, "loops": known_loops(mesh.devices.flat[0])}))
 

@@ -71,7 +71,7 @@ def test_traffic_of_a_known_loop_is_what_it_reads(known):
 def test_attention_is_the_kernel(known):
   kernels = {name: facts["kernels"] for name, facts in known["programs"].items()}
   # One for each kind of layer: forward, and for a gradient forward again, dq and dkv.
-  assert kernels == {"sample": 1, "score": 1, "accumulate": 4, "update": 0, "gemma": 8}
+  assert kernels == {"prefill": 1, "decode": 0, "score": 1, "accumulate": 4, "update": 0, "gemma": 8}
 
 
 def test_programs_fit(known, topology):
@@ -80,5 +80,5 @@ def test_programs_fit(known, topology):
 
 
 def test_decoding_reads_weights_and_caches_once(known):
-  sample = known["programs"]["sample"]
-  assert sample["ideal"] <= sample["moved"] <= 1.3 * sample["ideal"]
+  decode = known["programs"]["decode"]
+  assert decode["ideal"] <= decode["moved"] <= 1.3 * decode["ideal"]
