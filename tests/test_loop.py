@@ -93,13 +93,13 @@ def test_running_again_does_nothing_again(setting):
 
 
 KILL_POINTS = {
-  "inside sample": "round_01/sample.partial/00000.parquet",
+  "inside sample": "round_01/sample.partial/00000000.parquet",
   "between score and mine": "round_01/scores.parquet",
   "inside align, before a step": "round_01/align.partial/reference_logps.npy",
   "inside align, after a checkpoint": "round_01/align.partial/steps/2",
   "inside distil": "round_01/distil.partial/steps/2",
   "between distil and answer": "round_01/student",
-  "inside the second round": "round_02/sample.partial/00000.parquet",
+  "inside the second round": "round_02/sample.partial/00000000.parquet",
 }
 
 
