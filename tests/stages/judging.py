@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import yaml
 from rich.console import Console
@@ -76,8 +77,8 @@ def steps(config: Config):
 
 def run(config: Config) -> None:
   """Runs these stages with all that surrounds them: lock, configuration, manifest, teacher, resuming."""
-  loop.ts_align, loop._check_inputs = steps, loop.build_teacher
-  loop.run(config, QUIET)
+  with mock.patch.multiple(loop, ts_align=steps, _check_inputs=loop.build_teacher):
+    loop.run(config, QUIET)
 
 
 if __name__ == "__main__":
