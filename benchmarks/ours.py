@@ -38,8 +38,7 @@ class Sampler:
 
   def __call__(self, params: Params, seed: int) -> list[list[Sampled]]:
     """The responses of each prompt, in the order of the prompts."""
-    ordered = sorted(enumerate(self.prompts), key=lambda item: -len(item[1]))
-    harvests = self.sampler.run(params, ordered, jax.random.key(seed))
+    harvests = self.sampler.run(params, list(enumerate(self.prompts)), jax.random.key(seed))
     answers = dict(answer for harvest in harvests for answer in harvest)
     return [answers[index] for index in range(len(self.prompts))]
 

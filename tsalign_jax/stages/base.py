@@ -1,7 +1,8 @@
 """What a stage is: a function from files to files, called with a `Job` that holds everything it may use."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,10 +83,10 @@ def gathered(job: Job) -> Rows:
   return [row for file in sorted(job.partial.glob("*.parquet")) for row in read_table(file)]
 
 
-def next_shard(job: Job) -> Path:
-  """The file of the next part, where parts are numbered as they come."""
+def new_shards(job: Job) -> Iterator[Path]:
+  """The files of the parts to come, where parts are numbered as they come, without end."""
   job.partial.mkdir(parents=True, exist_ok=True)
-  return _shard(job, len(list(job.partial.glob("*.parquet"))))
+  return (_shard(job, index) for index in itertools.count(len(list(job.partial.glob("*.parquet")))))
 
 
 def _shard(job: Job, index: int) -> Path:

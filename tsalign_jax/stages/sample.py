@@ -5,7 +5,7 @@ from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.tables import RESPONSES, Rows, read_table, write_table
 from tsalign_jax.sampling.engine import Sampled, build_sampler
 from tsalign_jax.seeding import derived_seed
-from tsalign_jax.stages.base import Counts, Job, gathered, next_shard
+from tsalign_jax.stages.base import Counts, Job, gathered, new_shards
 from tsalign_jax.types import Rollout, UserError
 
 
@@ -21,20 +21,19 @@ def sample(job: Job) -> Counts:
   sampler = build_sampler(model, job.mesh, sampling, chat.stop_tokens)
   done = {row["prompt_id"] for row in gathered(job)}
   params = job.load(model, job.reads["policy"]) if len(done) < len(prompts) else {}
-  # Longest prompts first, and neighbours of like length: a slot is as wide as its longest prompt.
-  ordered = sorted(((i, row["tokens"]) for i, row in prompts.items()), key=lambda prompt: (-len(prompt[1]), prompt[0]))
+  tokens = [(i, row["tokens"]) for i, row in prompts.items()]
   with job.progress(len(prompts) * sampling.responses, "responses") as advance:
     advance(len(done) * sampling.responses, "")
-    for harvest in sampler.run(params, ordered, job.key, done):
-      write_table(next_shard(job), _rows(harvest, chat), RESPONSES)
+    for file, harvest in zip(new_shards(job), sampler.run(params, tokens, job.key, done), strict=False):
+      write_table(file, _rows(harvest, chat), RESPONSES)
       advance(len(harvest) * sampling.responses, "")
   rows = sorted(gathered(job), key=lambda row: (row["prompt_id"], row["response_id"]))
   expected = sorted((i, k) for i in prompts for k in range(sampling.responses))
   if [(row["prompt_id"], row["response_id"]) for row in rows] != expected:
     raise UserError(f"{job.partial}: its shards are not those of this stage's prompts; delete the folder")
   write_table(job.writes["responses"], rows, RESPONSES)
-  tokens = sum(len(row["tokens"]) for row in rows)
-  return {"prompts": len(prompts), "responses": len(rows), "tokens": tokens}
+  sampled = sum(len(row["tokens"]) for row in rows)
+  return {"prompts": len(prompts), "responses": len(rows), "tokens": sampled}
 
 
 def select(job: Job) -> Rows:
