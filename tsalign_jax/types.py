@@ -109,7 +109,7 @@ class Branches:
 
   trunk: Int[np.ndarray | jax.Array, "batch prompt"]
   branches: Int[np.ndarray | jax.Array, "batch k response"]
-  trunk_length: Int[np.ndarray | jax.Array, "batch"]
+  trunk_length: Int[np.ndarray | jax.Array, " batch"]
   branch_length: Int[np.ndarray | jax.Array, "batch k"]
 
   @property

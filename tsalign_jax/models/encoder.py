@@ -47,7 +47,7 @@ class Embeddings(nnx.Module):
       x = x + self.position_embeddings(self._positions(tokens.shape[1]), dtype)
     return self.norm(x)
 
-  def _positions(self, length: int) -> Int[Array, "length"]:
+  def _positions(self, length: int) -> Int[Array, " length"]:
     longest = self.config.max_tokens
     if length > longest:  # positions beyond the table would be read as its last one, without an error
       raise UserError(f"sequences of {length} tokens: this {self.config.family} has positions for {longest}")
@@ -152,7 +152,7 @@ def attention(
   key: Float[Array, "rows length heads head_dim"],
   value: Float[Array, "rows length heads head_dim"],
   *,
-  visible: Bool[Array, "rows #length length"],
+  visible: Bool[Array, " rows #length length"],
   turn: Rotation | None = None,
 ) -> Float[Array, "rows length heads head_dim"]:
   """Softmax attention of each query over the keys it may see; `turn` rotates queries and keys by position."""
@@ -165,7 +165,7 @@ def attention(
   return jnp.swapaxes(wide_matmul(weights, value), 1, 2).astype(query.dtype)
 
 
-def _visible(mask, window: int | None) -> Bool[Array, "rows #length length"]:
+def _visible(mask, window: int | None) -> Bool[Array, " rows #length length"]:
   """Which keys each query may see: real tokens, at most `window` to either side."""
   if window is None:
     return mask[:, None, :]

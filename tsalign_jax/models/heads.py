@@ -77,7 +77,7 @@ class EncoderRewardModel(nnx.Module):
     *,
     dtype=jnp.float32,
     remat: bool = False,
-  ) -> Float[Array, "rows"]:
+  ) -> Float[Array, " rows"]:
     """The reward of each row, read at its first token or, where the configuration says so, from the mean of all."""
     hidden = self.model(tokens, mask, token_types, dtype=dtype, remat=remat)
     pooled = hidden[:, 0] if self.config.pooling == "cls" else _mean(hidden, mask)

@@ -10,12 +10,12 @@ from tsalign_jax.ops.einsum import sum_exp, wide_dot
 def token_logprobs(
   hidden: Float[Array, "tokens embed"],
   head: Float[Array, "embed vocab"],
-  targets: Int[Array, "tokens"],
+  targets: Int[Array, " tokens"],
   *,
   softcap: float | None = None,
   chunk: int = 256,
   unroll: bool = False,
-) -> Float[Array, "tokens"]:
+) -> Float[Array, " tokens"]:
   """log p(target) of each token, in nats and float32, computed `chunk` tokens at a time.
 
   Logits of a chunk are recomputed in the backward pass, so both passes hold [chunk, vocab] at most. `unroll` lays

@@ -75,7 +75,7 @@ class BranchMask(splash_attention.Mask):
     return self.width, self.width
 
   @property
-  def q_sequence(self) -> Int[np.ndarray, "width"]:
+  def q_sequence(self) -> Int[np.ndarray, " width"]:
     """The code of each query, from which `mask_function` reads its column and its branch."""
     column = np.arange(self.width, dtype=np.int32)
     branch = np.maximum(column - self.columns.prompt, 0) // (self.columns.response or self.width)
@@ -101,7 +101,7 @@ def attend_tokens(
   query: Float[Array, "batch tokens heads head_dim"],
   key: Float[Array, "batch tokens kv_heads head_dim"],
   value: Float[Array, "batch tokens kv_heads head_dim"],
-  trunk_length: Int[Array, "batch"],
+  trunk_length: Int[Array, " batch"],
   columns: Columns,
   masking: Masking,
   mesh: Mesh,

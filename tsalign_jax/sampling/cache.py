@@ -106,7 +106,7 @@ class Decode:
     self,
     trunk: Cache,
     own: Cache,
-    trunk_length: Int[Array, "slots"],
+    trunk_length: Int[Array, " slots"],
     length: Int[Array, "slots lanes"],
     offset: Int[Array, ""],
   ):

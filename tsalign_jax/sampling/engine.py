@@ -59,11 +59,11 @@ class Responses(NamedTuple):
 class Slots(NamedTuple):
   """The state of sampling. `branch` is what each lane grows, K where it rests; `draft` is how far that has come."""
 
-  prompt_id: Int[Array, "slots"]
-  trunk_length: Int[Array, "slots"]
+  prompt_id: Int[Array, " slots"]
+  trunk_length: Int[Array, " slots"]
   trunk: Cache
   last: Float[Array, "slots embed"]  # the trunk's last hidden state: what the first token of a branch is drawn from
-  begun: Int[Array, "slots"]  # branches, of K
+  begun: Int[Array, " slots"]  # branches, of K
   branch: Int[Array, "slots lanes"]
   token: Int[Array, "slots lanes"]
   own: Cache
@@ -84,7 +84,7 @@ Prompts = Sequence[tuple[int, Sequence[int]]]  # (id, tokens)
 
 
 def branch_keys(
-  key: Key[Array, ""], prompt_id: Int[Array, "slots"], branch: Int[Array, "slots lanes"]
+  key: Key[Array, ""], prompt_id: Int[Array, " slots"], branch: Int[Array, "slots lanes"]
 ) -> Key[Array, "slots lanes"]:
   """The random key of each branch, from its prompt's own id and its number."""
   of_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_id)
@@ -211,7 +211,7 @@ class _Programs:
     )
     return self._constrain(state)
 
-  def admit(self, params: Params, state: Slots, batch: Branches, prompt_ids, source: Int[Array, "slots"]) -> Slots:
+  def admit(self, params: Params, state: Slots, batch: Branches, prompt_ids, source: Int[Array, " slots"]) -> Slots:
     """Prefills the trunks and puts trunk `source` into each slot; slots with source -1 stay as they are."""
     with jax.named_scope("prefill"):
       language_model: LanguageModel = self.model.skeleton.bind(params)
@@ -232,7 +232,7 @@ class _Programs:
     )
     return self._constrain(state)
 
-  def decode(self, params: Params, state: Slots, released: Bool[Array, "slots"], wanted, key):
+  def decode(self, params: Params, state: Slots, released: Bool[Array, " slots"], wanted, key):
     """Grows branches until `wanted` prompts are complete, or all; the released slots are empty from now on."""
     language_model: LanguageModel = self.model.skeleton.bind(params)
     grow = functools.partial(self._grow, language_model, language_model.head(self.model.dtype), key)
@@ -253,7 +253,7 @@ class _Programs:
   def _ended(self, state: Slots) -> Bool[Array, "slots lanes"]:
     return state.draft.stopped | (state.draft.length >= self.sampling.max_new_tokens)
 
-  def _complete(self, state: Slots) -> Bool[Array, "slots"]:
+  def _complete(self, state: Slots) -> Bool[Array, " slots"]:
     k = self.sampling.responses
     resting = ((state.branch == k) | self._ended(state)).all(-1)
     return (state.prompt_id != EMPTY) & (state.begun == k) & resting

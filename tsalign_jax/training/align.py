@@ -25,7 +25,7 @@ class AlignBatch(NamedTuple):
 
   pairs: Branches
   reference_logps: Float[Array, "batch 2"]
-  weight: Float[Array, "batch"]
+  weight: Float[Array, " batch"]
 
 
 def branch_logps(

@@ -16,7 +16,7 @@ class DistilBatch(NamedTuple):
   """Pairs as the student's engine collates them (better one first), and 1 / (pairs in the whole step)."""
 
   pairs: Any
-  weight: Float[Array, "batch"]
+  weight: Float[Array, " batch"]
 
 
 @functools.lru_cache(maxsize=8)
