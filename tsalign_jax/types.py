@@ -124,6 +124,34 @@ class Branches:
     return np.arange(self.branches.shape[2]) < self.branch_length[..., None]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+  """Rows of prompts with K responses each, one after the other: the batch layout of scoring and training.
+
+      tokens     7 8 9 4 5 6 4 2   3 3 5 1 _ _     a trunk of 3 with branches of 3 and 2; one of 2 with two of 1
+      item       1 1 1 1 1 1 1 1   2 2 2 2 0 0     0: nothing
+      branch     0 0 0 1 1 1 2 2   0 0 1 2 0 0     0: the trunk
+      position   0 1 2 3 4 5 3 4   0 1 2 2 0 0
+
+  A token sees its item's trunk and the earlier tokens of its own branch. The response tokens are listed apart:
+
+      target     4 5 6 4 2 5 1 _
+      predictor  2 3 4 2 6 9 9 _     the column whose hidden state predicts it
+      owner      0 0 0 1 1 2 3 4     item * K + branch, counted from 0; items * K: nothing
+  """
+
+  tokens: Int[np.ndarray | jax.Array, "rows columns"]
+  position: Int[np.ndarray | jax.Array, "rows columns"]
+  item: Int[np.ndarray | jax.Array, "rows columns"]
+  branch: Int[np.ndarray | jax.Array, "rows columns"]
+  target: Int[np.ndarray | jax.Array, "rows targets"]
+  predictor: Int[np.ndarray | jax.Array, "rows targets"]
+  owner: Int[np.ndarray | jax.Array, "rows targets"]
+  last: Int[np.ndarray | jax.Array, "rows items k"]  # the column of each branch's last token
+  length: Int[np.ndarray | jax.Array, "rows items k"]  # tokens of each branch
+
+
 class Rollout(NamedTuple):
   """One sampled response: its tokens (with the end-of-sequence token, if it came), text and log-probability.
 

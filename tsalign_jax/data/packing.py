@@ -1,0 +1,117 @@
+"""Prompts with their responses laid into rows of one length: the batches of scoring and training.
+
+Lengths differ much, in two directions: prompts, and responses. Rows that are filled up with whole items waste a few
+tokens in a hundred, where padding each prompt and each response to one width would waste most of them; and all batches
+of a stage have one shape, so they are one compilation.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tsalign_jax.data.batching import round_up
+from tsalign_jax.types import Packed
+
+MULTIPLE = 128  # tokens; rows are as long as a multiple of it
+
+
+class Item(NamedTuple):
+  """A prompt with K responses, as tokens."""
+
+  prompt: Sequence[int]
+  responses: Sequence[Sequence[int]]
+
+  @property
+  def targets(self) -> int:
+    """Tokens of all responses."""
+    return sum(map(len, self.responses))
+
+  @property
+  def tokens(self) -> int:
+    """Tokens of prompt and responses."""
+    return len(self.prompt) + self.targets
+
+
+class Layout(NamedTuple):
+  """What every row of a stage holds at most: tokens, of them response tokens, and items of K responses each."""
+
+  length: int
+  targets: int
+  items: int
+  k: int
+
+
+def plan_layout(items: Sequence[Item]) -> Layout:
+  """The layout for these items: rows as long as the longest needs, with room for as many response tokens as usual."""
+  length = round_up(max(item.tokens for item in items), MULTIPLE)
+  share = sum(item.targets for item in items) / sum(item.tokens for item in items)
+  targets = max(max(item.targets for item in items), 1.15 * share * length)
+  targets = min(length, round_up(int(targets), MULTIPLE))
+  widest = Layout(length, targets, len(items), len(items[0].responses))
+  return widest._replace(items=max(map(len, assign(items, range(len(items)), widest))))
+
+
+def assign(items: Sequence[Item], indices: Iterable[int], layout: Layout) -> list[list[int]]:
+  """Rows of indices: each item in the first row that has room for it, largest items first."""
+  rows: list[list[int]] = []
+  room: list[np.ndarray] = []  # tokens, response tokens and items that each row can still take
+  for index in sorted(indices, key=lambda index: (-items[index].tokens, index)):
+    needs = np.asarray([items[index].tokens, items[index].targets, 1])
+    place = next((row for row, left in enumerate(room) if (needs <= left).all()), len(rows))
+    if place == len(rows):
+      rows.append([])
+      room.append(np.asarray([layout.length, layout.targets, layout.items]))
+    rows[place].append(index)
+    room[place] = room[place] - needs
+  return rows
+
+
+def pack(rows: Sequence[Sequence[Item]], layout: Layout) -> Packed:
+  """Rows of items as arrays; rows may be empty."""
+  packed = _blank(len(rows), layout)
+  for row, items in enumerate(rows):
+    column = target = 0
+    for number, item in enumerate(items):
+      column, target = _place(packed, row, column, target, number, item)
+  return packed
+
+
+def _place(packed: Packed, row: int, column: int, target: int, number: int, item: Item) -> tuple[int, int]:
+  """Writes one item from `column` and `target` on; where the next one begins."""
+  start, trunk = column, len(item.prompt)
+  for branch, tokens in enumerate((item.prompt, *item.responses)):
+    end = column + len(tokens)
+    packed.tokens[row, column:end] = tokens
+    packed.item[row, column:end] = number + 1
+    packed.branch[row, column:end] = branch
+    first = 0 if branch == 0 else trunk
+    packed.position[row, column:end] = np.arange(first, first + len(tokens))
+    if branch:
+      stop = target + len(tokens)
+      packed.target[row, target:stop] = tokens
+      packed.predictor[row, target:stop] = [start + trunk - 1, *range(column, end - 1)][: len(tokens)]
+      packed.owner[row, target:stop] = number * packed.length.shape[2] + branch - 1
+      packed.last[row, number, branch - 1] = end - 1 if tokens else start + trunk - 1
+      packed.length[row, number, branch - 1] = len(tokens)
+      target = stop
+    column = end
+  return column, target
+
+
+def _blank(rows: int, layout: Layout) -> Packed:
+  def zeros(*shape: int) -> np.ndarray:
+    return np.zeros((rows, *shape), np.int32)
+
+  owner = np.full((rows, layout.targets), layout.items * layout.k, np.int32)
+  return Packed(
+    tokens=zeros(layout.length),
+    position=zeros(layout.length),
+    item=zeros(layout.length),
+    branch=zeros(layout.length),
+    target=zeros(layout.targets),
+    predictor=zeros(layout.targets),
+    owner=owner,
+    last=zeros(layout.items, layout.k),
+    length=zeros(layout.items, layout.k),
+  )
