@@ -5,10 +5,11 @@ tokens in a hundred, where padding each prompt and each response to one width wo
 of a stage have one shape, so they are one compilation.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from tsalign_jax.data.batching import round_up
 from tsalign_jax.types import Packed
@@ -65,6 +66,24 @@ def assign(items: Sequence[Item], indices: Iterable[int], layout: Layout) -> lis
     rows[place].append(index)
     room[place] = room[place] - needs
   return rows
+
+
+class Packing:
+  """The packed batches of a stage: all of one layout, with about `at_once` items each, a multiple of `ways` rows."""
+
+  def __init__(self, items: Sequence[Item], at_once: int, ways: int):
+    self.items, self.layout = items, plan_layout(items)
+    tokens = at_once * sum(item.tokens for item in items) / len(items)
+    self.rows = round_up(round(tokens / self.layout.length), ways)
+
+  def batches(self, indices: Sequence[int]) -> Iterator[tuple[Packed, Int[np.ndarray, "rows items"]]]:
+    """Packed batches that hold these items, and which item is where: -1 where there is none."""
+    rows = assign(self.items, indices, self.layout)
+    rows += [[]] * (-len(rows) % self.rows)
+    for start in range(0, len(rows), self.rows):
+      part = rows[start : start + self.rows]
+      place = np.asarray([row + [-1] * (self.layout.items - len(row)) for row in part])
+      yield pack([[self.items[index] for index in row] for row in part], self.layout), place
 
 
 def pack(rows: Sequence[Sequence[Item]], layout: Layout) -> Packed:

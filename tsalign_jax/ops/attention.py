@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 from tsalign_jax.ops import splash
 from tsalign_jax.ops.einsum import wide_matmul
 from tsalign_jax.ops.masking import Masking
-from tsalign_jax.types import Branches
+from tsalign_jax.types import Branches, Packed
 
+BLOCK = 256  # queries of a packed row that are computed together
 MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
 
 
@@ -49,16 +50,15 @@ def attend(
   kv_heads = own[0].key.shape[2]
   grouped = query.reshape(batch, k, length, kv_heads, heads // kv_heads, head_dim)
   rows = jnp.swapaxes(grouped, 2, 3).reshape(batch, k, kv_heads, -1, head_dim)  # rows that meet the same keys
-  parts = [_meet(rows, keys, _visible(position, keys, masking), masking) for keys in own]
+  parts = [_meet(rows, keys.key, keys.value, _visible(position, keys, masking), masking) for keys in own]
   if trunk is not None:
     # The trunk's keys are met by the queries of all its branches at once.
     visible = _visible(position, trunk, masking).reshape(batch, k * length, -1)
     by_trunk = jnp.swapaxes(rows, 1, 2).reshape(batch, kv_heads, -1, head_dim)
-    met = _meet(by_trunk, trunk, visible, masking)
+    met = _meet(by_trunk, trunk.key, trunk.value, visible, masking)
     apart = (array.reshape(batch, kv_heads, k, -1, *array.shape[3:]) for array in met)
     parts.append(_Met(*(jnp.swapaxes(array, 1, 2) for array in apart)))
-  met = functools.reduce(_join, parts)
-  out = met.out / jnp.maximum(met.total, 1e-30)[..., None]
+  out = functools.reduce(_join, parts).normalised()
   out = jnp.swapaxes(out.reshape(batch, k, kv_heads, length, -1, head_dim), 2, 3)
   return out.reshape(query.shape).astype(query.dtype)
 
@@ -70,14 +70,18 @@ class _Met(NamedTuple):
   total: Float[Array, "*batch rows"]
   highest: Float[Array, "*batch rows"]
 
+  def normalised(self) -> Float[Array, "*batch rows head_dim"]:
+    """The softmax-weighted mean of the values; zeros where nothing was visible."""
+    return self.out / jnp.maximum(self.total, 1e-30)[..., None]
 
-def _meet(rows, keys: Keys, visible: Bool[Array, "*batch length key"], masking: Masking) -> _Met:
-  logits = _cap(wide_matmul(rows, keys.key), masking)
+
+def _meet(rows, key, value, visible: Bool[Array, "*batch length key"], masking: Masking) -> _Met:
+  logits = _cap(wide_matmul(rows, key), masking)
   by_length = logits.reshape(*logits.shape[:-2], visible.shape[-2], -1, logits.shape[-1])
   logits = jnp.where(visible[..., None, :, None, :], by_length, MASKED).reshape(logits.shape)
   highest = jax.lax.stop_gradient(jnp.maximum(logits.max(-1), MASKED / 2))
   weights = jnp.exp(logits - highest[..., None])
-  return _Met(wide_matmul(weights.astype(keys.value.dtype), keys.value), weights.sum(-1), highest)
+  return _Met(wide_matmul(weights.astype(value.dtype), value), weights.sum(-1), highest)
 
 
 def _join(a: _Met, b: _Met) -> _Met:
@@ -134,6 +138,37 @@ class TrunkAndBranches:
 
   def _branches(self, array):
     return array[:, self.prompt :].reshape(*self.shape, *array.shape[2:])
+
+
+class PackedRows:
+  """Attention over a `Packed` batch: what training attends with.
+
+  Queries go in blocks, each with the keys before its end, so that half of what is not causal is not computed.
+  """
+
+  def __init__(self, batch: Packed):
+    self.positions = batch.tokens.shape[1]
+    column = jnp.arange(self.positions)
+    own, trunk = batch.branch[:, :, None] == batch.branch[:, None], batch.branch[:, None] == 0
+    self.visible = (column[:, None] >= column) & (batch.item[:, :, None] == batch.item[:, None]) & (own | trunk)
+    self.position = batch.position
+
+  def __call__(self, query, key, value, *, masking: Masking, layer, cache):
+    """The attention output [rows, columns, heads, head_dim], and the cache as it came (there is none to keep)."""
+    rows, columns, _, head_dim = query.shape
+    key, value = lay_out(key, value)
+    grouped = jnp.swapaxes(query.reshape(rows, columns, key.shape[1], -1, head_dim), 1, 2)
+    visible = self.visible
+    if (window := masking.window) is not None:
+      visible = visible & (self.position[:, :, None] - self.position[:, None] < window)
+    parts = []
+    for start in range(0, columns, BLOCK):
+      end = min(start + BLOCK, columns)
+      block = grouped[:, :, start:end].reshape(rows, key.shape[1], -1, head_dim)
+      met = _meet(block, key[..., :end], value[..., :end, :], visible[:, start:end, :end], masking)
+      parts.append(met.normalised().reshape(rows, key.shape[1], end - start, -1, head_dim))
+    out = jnp.swapaxes(jnp.concatenate(parts, axis=2), 1, 2)
+    return out.reshape(query.shape).astype(query.dtype), cache
 
 
 def lay_out(

@@ -1,6 +1,7 @@
 """distil: the student learns from the teacher's verdicts, mixed with pairs that it has seen before."""
 
 import shutil
+from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,8 +35,13 @@ def distil(job: Job) -> Counts:
   width, steps = engine.widths(items), training_steps(len(items), settings)
   microbatch = round_up(min(settings.microbatch, settings.batch_size), batch_ways(job.mesh))
 
-  def make_microbatch(indices, weights) -> DistilBatch:
-    return put_batch(DistilBatch(engine.collate([items[index] for index in indices], width), weights), job.mesh)
+  def make_parts(indices: Sequence[int]) -> Iterator[DistilBatch]:
+    for start in range(0, len(indices), microbatch):
+      part = indices[start : start + microbatch]
+      weights = np.zeros(microbatch, np.float32)
+      weights[: len(part)] = 1 / len(indices)
+      filled = [items[index] for index in part] + [items[part[0]]] * (microbatch - len(part))
+      yield put_batch(DistilBatch(engine.collate(filled, width), weights), job.mesh)
 
   with job.progress(steps, "steps") as advance:
     trained = train(
@@ -44,11 +50,10 @@ def distil(job: Job) -> Counts:
       model.skeleton.abstract(job.mesh, jnp.float32),
       lambda: wide(job.load(model, job.reads["student"])),
       {},
-      make_microbatch,
+      make_parts,
       pairs=len(items),
       seed=job.seed,
       folder=job.partial,
-      microbatch=microbatch,
       on_step=lambda _, metrics: advance(1, f"loss {metrics['loss']:.3f} accuracy {metrics['accuracy']:.2f}"),
     )
   save_tree(job.writes["student"], model.stored(trained))

@@ -3,10 +3,9 @@
 import json
 from collections import Counter
 
-import jax
 import numpy as np
 
-from tsalign_jax.data.batching import make_branches, round_up
+from tsalign_jax.data.packing import Item, Packing
 from tsalign_jax.data.tables import COMPARISONS, Rows, by_prompt, read_table, to_prompt, write_table
 from tsalign_jax.pairing.mine import best_worst, random_pairs
 from tsalign_jax.pairing.statistics import accuracy, bootstrap_interval, win_rate
@@ -111,18 +110,11 @@ def _kl(job: Job, prompts: dict[int, dict], policy: dict[int, Rows]) -> float:
   """
   model = job.policy()
   program, params = build_reference(model, job.mesh), job.load(model, job.reads["policy_initial"])
-  samples = job.config.evaluation.samples
-  rows = round_up(max(1, job.config.align.microbatch * 2 // samples), batch_ways(job.mesh))
-  order = sorted(prompts, key=lambda i: len(prompts[i]["tokens"]))
-  widest = round_up(max(len(row["tokens"]) for rows in policy.values() for row in rows), 32)
+  items = [Item(prompts[i]["tokens"], [row["tokens"] for row in policy[i]]) for i in prompts]
+  sampled = np.asarray([[row["logprob"] for row in policy[i]] for i in prompts])
+  packing = Packing(items, job.config.align.microbatch, batch_ways(job.mesh))
   differences = []
-  for start in range(0, len(order), rows):
-    ids = order[start : start + rows]
-    padded = ids + [ids[0]] * (rows - len(ids))
-    branches = [[row["tokens"] for row in policy[i]] for i in padded]
-    trunks = [prompts[i]["tokens"] for i in padded]
-    batch = make_branches(trunks, branches, round_up(max(map(len, trunks)), 32), widest)
-    initial = np.asarray(jax.device_get(program(params, put_batch(batch, job.mesh))))
-    sampled = np.asarray([[row["logprob"] for row in policy[i]] for i in ids])
-    differences.append(sampled - initial[: len(ids)])
+  for packed, place in packing.batches(range(len(items))):
+    initial = np.asarray(program(params, put_batch(packed, job.mesh)))
+    differences.append(sampled[place[place >= 0]] - initial[place >= 0])
   return float(np.mean(np.concatenate(differences)))

@@ -8,7 +8,6 @@ from typing import Any
 
 import grain
 import jax
-import numpy as np
 
 from tsalign_jax.config import Optimizer
 from tsalign_jax.models.functional import Params
@@ -16,7 +15,7 @@ from tsalign_jax.training.checkpoints import StepCheckpoints
 from tsalign_jax.training.optimizer import Trainer
 from tsalign_jax.types import UserError
 
-MakeMicrobatch = Callable[[Sequence[int], np.ndarray], Any]  # (pair indices, weights) -> device batch
+MakeParts = Callable[[Sequence[int]], Iterator[Any]]  # the pairs of a step, by index -> its microbatches on the device
 
 
 def training_steps(pairs: int, settings: Optimizer) -> int:
@@ -30,28 +29,17 @@ def batches_of(pairs: int, settings: Optimizer, seed: int) -> grain.DatasetItera
   return iter(indices.batch(settings.batch_size).to_iter_dataset())
 
 
-def microbatches(indices: Sequence[int], size: int) -> Iterator[tuple[list[int], np.ndarray]]:
-  """A batch in parts of `size`; a short part is filled up with pairs of weight 0. Weights add up to 1."""
-  weight = 1.0 / len(indices)
-  for start in range(0, len(indices), size):
-    part = [int(index) for index in indices[start : start + size]]
-    weights = np.zeros(size, np.float32)
-    weights[: len(part)] = weight
-    yield part + [part[0]] * (size - len(part)), weights
-
-
 def train(
   trainer: Trainer,
   settings: Optimizer,
   abstract: Mapping[str, jax.ShapeDtypeStruct],
   load: Callable[[], Params],
   frozen: Params,
-  make_microbatch: MakeMicrobatch,
+  make_parts: MakeParts,
   *,
   pairs: int,
   seed: int,
   folder: Path,
-  microbatch: int,
   on_step: Callable[[int, dict[str, float]], None],
 ) -> Params:
   """The trained parameters. Killed at any point and called again with the same `folder`, it ends the same.
@@ -71,8 +59,7 @@ def train(
     log = _open_log(folder / "log.jsonl", done)
     pending = None
     for step, indices in enumerate(data, done):
-      parts = (make_microbatch(*part) for part in microbatches(indices, microbatch))
-      trainable, opt_state, metrics = trainer.step(trainable, frozen, opt_state, parts)
+      trainable, opt_state, metrics = trainer.step(trainable, frozen, opt_state, make_parts(indices.tolist()))
       if pending:
         _book(log, trainer, *pending, on_step)
       pending = (step, metrics)  # fetched one step late, so that the device never waits for the host
