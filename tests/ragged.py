@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from tsalign_jax.types import Branches
+from tsalign_jax.data.packing import Item, Packing
+from tsalign_jax.types import Branches, Packed
 
 
 def ragged_batch(seed: int, *, rows: int = 3, k: int = 3, prompt: int = 9, response: int = 8) -> Branches:
@@ -20,3 +21,19 @@ def one_sequence(batch: Branches, row: int, k: int) -> tuple[list[int], list[int
   """(prompt tokens, response tokens) of one branch without padding."""
   prompt = batch.trunk[row, batch.trunk.shape[1] - batch.trunk_length[row] :]
   return prompt.tolist(), batch.branches[row, k, : batch.branch_length[row, k]].tolist()
+
+
+def ragged_items(seed: int, *, count: int = 5, k: int = 3, prompt: int = 40, response: int = 30) -> list[Item]:
+  """Random prompts with responses, of different lengths."""
+  random = np.random.default_rng(seed)
+
+  def tokens(longest: int) -> list[int]:
+    return random.integers(3, 97, random.integers(1, longest + 1)).tolist()
+
+  return [Item(tokens(prompt), [tokens(response) for _ in range(k)]) for _ in range(count)]
+
+
+def packed(items: list[Item]) -> tuple[Packed, np.ndarray]:
+  """All items in one batch, and which is where: -1 where there is none."""
+  ((batch, place),) = Packing(items, 10 * len(items), 1).batches(range(len(items)))
+  return batch, place

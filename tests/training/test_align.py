@@ -1,20 +1,18 @@
 """Branch log-probabilities and the DPO step, against PyTorch on every sequence by itself."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 import tiny
 import torch
-from ragged import one_sequence, ragged_batch
+from ragged import packed, ragged_items
 
 from tsalign_jax.config import Align, LoRA, Policy
+from tsalign_jax.data.packing import Item
 from tsalign_jax.models.hf import hf_tensors
 from tsalign_jax.models.loading import language_model
 from tsalign_jax.models.lora import adapted_skeleton, is_adapter, merge
 from tsalign_jax.training.align import AlignBatch, branch_logps, build_loss, build_reference
-from tsalign_jax.types import Branches
 
 TOLERANCE = 1e-4
 
@@ -35,12 +33,11 @@ def load(folder, mesh, layout="unrolled", **changes):
 def test_branch_equals_running_alone(family, layout, tmp_path, one_device):
   peer = tiny.decoder(family, tmp_path)
   model, params = load(tmp_path, one_device, layout)
-  batch = ragged_batch(1)
-  together = np.asarray(build_reference(model, one_device)(params, batch))
-  for row in range(3):
-    for k in range(3):
-      alone = torch_logp(peer, *one_sequence(batch, row, k)).item()
-      assert together[row, k] == pytest.approx(alone, abs=TOLERANCE)
+  items = ragged_items(1)
+  together = logps_of(build_reference(model, one_device), params, items)
+  for item, logps in zip(items, together, strict=True):
+    for response, logp in zip(item.responses, logps, strict=True):
+      assert logp == pytest.approx(torch_logp(peer, item.prompt, response).item(), abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("family", tiny.DECODERS)
@@ -48,41 +45,25 @@ def test_logps_do_not_change_with_what_else_is_in_the_batch(family, tmp_path, on
   tiny.decoder(family, tmp_path)
   model, params = load(tmp_path, one_device)
   program = build_reference(model, one_device)
-  batch = ragged_batch(2)
-  expected = np.asarray(program(params, batch))
-  # Same first prompt and first branch, everything else different, including all padding.
-  other = ragged_batch(3)
-  trunk_start = 9 - batch.trunk_length[0]
-  mixed = dataclasses.replace(
-    other,
-    trunk=np.concatenate(
-      [np.append(other.trunk[0, :trunk_start], batch.trunk[0, trunk_start:])[None], other.trunk[1:]]
-    ),
-    trunk_length=np.concatenate([batch.trunk_length[:1], other.trunk_length[1:]]),
-    branches=_with_first(other.branches, batch.branches, batch.branch_length[0, 0]),
-    branch_length=_with_first_length(other.branch_length, batch.branch_length[0, 0]),
-  )
-  assert np.asarray(program(params, mixed))[0, 0] == pytest.approx(expected[0, 0], abs=TOLERANCE)
+  items, others = ragged_items(2), ragged_items(3)
+  expected = logps_of(program, params, items)[0]
+  assert logps_of(program, params, [*others, items[0]])[-1] == pytest.approx(expected, abs=TOLERANCE)
+  sibling = Item(items[0].prompt, [items[0].responses[0], *others[0].responses[1:]])
+  assert logps_of(program, params, [sibling, *others])[0][0] == pytest.approx(expected[0], abs=TOLERANCE)
 
 
-def _with_first(into, source, length):
-  out = into.copy()
-  out[0, 0, :length] = source[0, 0, :length]
+def logps_of(program, params, items: list[Item]) -> np.ndarray:
+  """[items, k] of a program over one packed batch."""
+  batch, place = packed(items)
+  out = np.full((len(items), len(items[0].responses)), np.nan)
+  out[place[place >= 0]] = np.asarray(program(params, batch))[place >= 0]
   return out
 
 
-def _with_first_length(lengths, length):
-  out = lengths.copy()
-  out[0, 0] = length
-  return out
-
-
-def torch_dpo(policy, reference, batch: Branches, *, beta: float, smoothing: float, sft: float) -> torch.Tensor:
+def torch_dpo(policy, reference, pairs: list[Item], *, beta: float, smoothing: float, sft: float) -> torch.Tensor:
   """DPO written out pair by pair, as in the paper's equation 7."""
   total = torch.tensor(0.0)
-  rows = batch.trunk.shape[0]
-  for row in range(rows):
-    (prompt, chosen), (_, rejected) = one_sequence(batch, row, 0), one_sequence(batch, row, 1)
+  for prompt, (chosen, rejected) in pairs:
     pi_chosen, pi_rejected = torch_logp(policy, prompt, chosen), torch_logp(policy, prompt, rejected)
     with torch.no_grad():
       ref_chosen, ref_rejected = torch_logp(reference, prompt, chosen), torch_logp(reference, prompt, rejected)
@@ -90,7 +71,7 @@ def torch_dpo(policy, reference, batch: Branches, *, beta: float, smoothing: flo
     right, wrong = torch.sigmoid(margin), torch.sigmoid(-margin)
     total = total - (1 - smoothing) * torch.log(right) - smoothing * torch.log(wrong)
     total = total - sft * pi_chosen / len(chosen)
-  return total / rows
+  return total / len(pairs)
 
 
 @pytest.mark.parametrize("layout", ["unrolled", "stacked"])
@@ -99,14 +80,15 @@ def test_dpo_loss_and_gradients_equal_pytorch(family, layout, tmp_path, one_devi
   peer, reference = tiny.decoder(family, tmp_path / "policy"), tiny.decoder(family, tmp_path / "reference", seed=1)
   model, params = load(tmp_path / "policy", one_device, layout, remat=True)
   other, reference_params = load(tmp_path / "reference", one_device, layout)
-  batch = ragged_batch(4, k=2)
+  pairs = ragged_items(4, k=2)
+  batch, place = packed(pairs)
   align = Align(beta=0.3, label_smoothing=0.1, sft_weight=0.2)
   reference_logps = build_reference(other, one_device)(reference_params, batch)
-  weights = np.full(3, 1 / 3, np.float32)
+  weights = np.where(place >= 0, np.float32(1 / len(pairs)), 0)
   step = jax.value_and_grad(build_loss(model, one_device, align), has_aux=True)
   (value, _), gradients = step(params, {}, AlignBatch(batch, reference_logps, weights))
 
-  expected = torch_dpo(peer, reference, batch, beta=0.3, smoothing=0.1, sft=0.2)
+  expected = torch_dpo(peer, reference, pairs, beta=0.3, smoothing=0.1, sft=0.2)
   expected.backward()
   assert float(value) == pytest.approx(expected.item(), rel=1e-5)
   theirs = {name: parameter.grad.numpy() for name, parameter in peer.named_parameters()}
@@ -126,7 +108,7 @@ def test_lora_starts_as_the_model_and_merges_into_it(tmp_path, one_device):
     skeleton = adapted_skeleton(model, lora)
     adapters = skeleton.init(jax.random.key(0), {name for name in skeleton.specs if is_adapter(name)})
     assert len(adapters) == 2 * 7 * (1 if layout == "stacked" else 4)
-    batch = ragged_batch(5)
+    batch, _ = packed(ragged_items(5))
 
     def logps(parameters, skeleton=skeleton, model=model, batch=batch):
       return np.asarray(branch_logps(skeleton.bind(parameters), batch, model, one_device))
