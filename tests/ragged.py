@@ -33,7 +33,6 @@ def ragged_items(seed: int, *, count: int = 5, k: int = 3, prompt: int = 40, res
   return [Item(tokens(prompt), [tokens(response) for _ in range(k)]) for _ in range(count)]
 
 
-def packed(items: list[Item]) -> tuple[Packed, np.ndarray]:
-  """All items in one batch, and which is where: -1 where there is none."""
-  ((batch, place),) = Packing(items, 10 * len(items), 1).batches(range(len(items)))
-  return batch, place
+def packed_rows(items: list[Item], tokens: int = 1 << 20, ways: int = 1) -> tuple[Packed, np.ndarray]:
+  """The first batch of so many tokens, if not of all items, and which item is where: -1 where there is none."""
+  return next(Packing(items, len(items), tokens, ways).batches(range(len(items))))

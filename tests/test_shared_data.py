@@ -28,8 +28,8 @@ def test_the_loop_runs_on_real_prompts_and_replays_human_preferences(tmp_path):
       "heldout_limit": 8,
     },
     teacher={"kind": "checks", "default": [{"name": "max_words", "limit": 6}, {"name": "no_commas"}]},
-    align={"batch_size": 4, "microbatch": 4},
-    distil={"batch_size": 4, "microbatch": 4, "replay": str(DATA / "hh_rlhf" / "preferences.train.jsonl")},
+    align={"batch_size": 4, "microbatch_tokens": 512},
+    distil={"batch_size": 4, "microbatch_tokens": 512, "replay": str(DATA / "hh_rlhf" / "preferences.train.jsonl")},
   )
   run(load_config(file), terminal_progress(Console(quiet=True)))
   metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())

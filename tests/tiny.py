@@ -164,8 +164,8 @@ def run_config(folder: pathlib.Path, **changes) -> pathlib.Path:
       "max_tokens": 60,
     },
     "sampling": {"responses": 4, "max_new_tokens": 12, "batch_prompts": 4},
-    "align": {"learning_rate": 1e-3, "batch_size": 4, "microbatch": 2, "epochs": 4, "checkpoint_every": 2},
-    "distil": {"learning_rate": 1e-3, "batch_size": 4, "microbatch": 4, "epochs": 2, "checkpoint_every": 2},
+    "align": {"learning_rate": 1e-3, "batch_size": 4, "microbatch_tokens": 256, "epochs": 4, "checkpoint_every": 2},
+    "distil": {"learning_rate": 1e-3, "batch_size": 4, "microbatch_tokens": 512, "epochs": 2, "checkpoint_every": 2},
     "evaluation": {"resamples": 200},
   }
   file = folder / "config.yaml"

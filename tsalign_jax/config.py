@@ -281,8 +281,8 @@ class Optimizer(Section):
   """Largest global gradient norm."""
   batch_size: Count = 32
   """Pairs a step."""
-  microbatch: Count = 8
-  """Pairs in device memory at once; gradients are accumulated exactly over a step's microbatches."""
+  microbatch_tokens: Count = 4096
+  """Tokens in device memory at once, on all devices together; a step's gradients are accumulated exactly."""
   epochs: Count = 1
   """Passes over the pairs."""
   checkpoint_every: Count = 100

@@ -12,18 +12,19 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as some
-from ragged import ragged_batch
+from jax.experimental.pallas.ops.tpu import splash_attention
+from ragged import packed_rows, ragged_batch, ragged_items
 
 from tsalign_jax.config import Align, Policy
 from tsalign_jax.data.batching import prompts_only
 from tsalign_jax.models.loading import language_model
 from tsalign_jax.ops import splash
-from tsalign_jax.ops.attention import TrunkAndBranches
+from tsalign_jax.ops.attention import PackedRows, TrunkAndBranches
 from tsalign_jax.ops.masking import Masking
 from tsalign_jax.parallel.mesh import make_mesh
 from tsalign_jax.sampling.cache import KV, Prefill
 from tsalign_jax.training.align import AlignBatch, build_loss
-from tsalign_jax.types import Branches
+from tsalign_jax.types import Branches, Packed
 
 TOLERANCE = 2e-5
 
@@ -70,7 +71,7 @@ def test_mask_block_is_who_sees_whom(prompt, response, width, window, data):
 
 def test_blocks_between_siblings_are_skipped():
   mask = splash.BranchMask(splash.Columns(256, 256), 256 * 9, None)
-  kernel = splash._kernel(mask, 2, 256, None, interpret=True)
+  kernel = splash._kernel(splash_attention.MultiHeadMask([mask] * 2), 256, None, make_mesh())
   # Of each branch's row of blocks, the trunk and itself are left: two columns instead of nine.
   assert kernel.fwd_mask_info.block_mask.shape == (1, 9, 2)
   assert np.count_nonzero(kernel.fwd_mask_info.block_mask) == 1 + 8 * 2
@@ -90,18 +91,19 @@ class Tensors(NamedTuple):
   value: np.ndarray
 
 
-def random_tensors(batch: Branches, heads: int, kv_heads: int, head_dim: int) -> tuple[Tensors, np.ndarray]:
+def random_tensors(batch: Branches | Packed, heads: int, kv_heads: int, head_dim: int) -> tuple[Tensors, np.ndarray]:
   """Query, key and value, and a cotangent of the output."""
   random = np.random.default_rng(0)
-  rows, k, response = batch.branches.shape
-  shape = (rows, batch.trunk.shape[1] + k * response)
+  shape = real_tokens(batch).shape[:2]
   drawn = [random.normal(size=(*shape, count, head_dim)) for count in (heads, kv_heads, kv_heads, heads)]
   *tensors, cotangent = (array.astype(np.float32) for array in drawn)
   return Tensors(*tensors), cotangent
 
 
-def real_tokens(batch: Branches) -> np.ndarray:
+def real_tokens(batch: Branches | Packed) -> np.ndarray:
   """[batch, tokens, 1, 1]: everything but padding."""
+  if isinstance(batch, Packed):
+    return (batch.item > 0)[..., None, None]
   branches = np.asarray(batch.branch_mask).reshape(len(batch.trunk), -1)
   return np.concatenate([batch.trunk_mask, branches], axis=1)[..., None, None]
 
@@ -114,7 +116,8 @@ def program(mesh, masking: Masking):
     layer = masking._replace(kind=kind if len(masking.windows) > 1 else 0)
 
     def attend(tensors: Tensors):
-      return TrunkAndBranches(batch, mesh)(*tensors, masking=layer, layer=0, cache=None)[0]
+      over = PackedRows if isinstance(batch, Packed) else TrunkAndBranches
+      return over(batch, mesh)(*tensors, masking=layer, layer=0, cache=None)[0]
 
     out, pull = jax.vjp(attend, tensors)
     return out, *pull(cotangent)
@@ -137,7 +140,7 @@ def paths(monkeypatch, mesh, masking: Masking):
   return path(True), path(False)
 
 
-def assert_equal_paths(kernel, xla, batch: Branches, kind: int, tensors: Tensors, cotangent) -> None:
+def assert_equal_paths(kernel, xla, batch: Branches | Packed, kind: int, tensors: Tensors, cotangent) -> None:
   real = real_tokens(batch)
   out, gradients = kernel(batch, kind, tensors, np.where(real, cotangent, 0))
   expected, expected_gradients = xla(batch, kind, tensors, np.where(real, cotangent, 0))
@@ -146,7 +149,7 @@ def assert_equal_paths(kernel, xla, batch: Branches, kind: int, tensors: Tensors
     np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(
+MASKINGS = pytest.mark.parametrize(
   ("masking", "head_dim"),
   [
     (Masking(0.1), 128),
@@ -156,11 +159,40 @@ def assert_equal_paths(kernel, xla, batch: Branches, kind: int, tensors: Tensors
   ],
   ids=["plain", "softcap", "window", "local_and_global"],
 )
+
+
+@MASKINGS
 def test_kernel_equals_xla(masking, head_dim, one_device, small_blocks, monkeypatch):
   kernel, xla = paths(monkeypatch, one_device, masking)
   for kind in range(len(masking.windows)):
     batch = ragged_batch(kind, rows=2, k=3, prompt=150, response=70)
     assert_equal_paths(kernel, xla, batch, kind, *random_tensors(batch, 4, 2, head_dim))
+
+
+@MASKINGS
+def test_kernel_over_packed_rows_equals_xla(masking, head_dim, one_device, small_blocks, monkeypatch):
+  kernel, xla = paths(monkeypatch, one_device, masking)
+  for kind in range(len(masking.windows)):
+    batch, place = packed_rows(ragged_items(kind, count=9, prompt=200, response=70), 1024)
+    assert batch.tokens.shape == (2, 512) and (place >= 0).sum() > 3
+    assert_equal_paths(kernel, xla, batch, kind, *random_tensors(batch, 4, 2, head_dim))
+
+
+def test_kernel_over_packed_rows_skips_blocks_of_other_items():
+  visible = np.zeros((512, 512), bool)
+  for start in range(0, 512, 128):
+    visible[start : start + 128, start : start + 128] = np.tri(128)
+  mesh = make_mesh()
+  kernel = splash._kernel(jnp.asarray(visible)[None], 128, None, mesh)
+  assert np.count_nonzero(kernel.fwd_mask_info.block_mask) == 4
+  assert kernel.fwd_mask_info.block_mask.shape == (1, 4, 4)
+
+
+def test_kernel_over_packed_rows_on_eight_devices_equals_xla(monkeypatch):
+  kernel, xla = paths(monkeypatch, make_mesh(fsdp=2, tensor=4), Masking(0.3))
+  batch, place = packed_rows(ragged_items(0, count=12, prompt=60, response=30), 1024, ways=2)
+  assert len(place) % 2 == 0
+  assert_equal_paths(kernel, xla, batch, 0, *random_tensors(batch, 8, 2, 16))
 
 
 @pytest.mark.parametrize(
@@ -196,8 +228,9 @@ def test_dpo_gradients_by_kernel_equal_those_by_xla(tmp_path, eight_devices, mon
   tiny.decoder("gemma2", tmp_path)
   model = language_model(Policy(path=tmp_path, dtype="float32", layout="stacked", remat=True))
   params = model.load(eight_devices)
-  pairs = ragged_batch(4, rows=4, k=2)
-  batch = AlignBatch(pairs, np.zeros((4, 2), np.float32), np.full(4, 1 / 4, np.float32))
+  pairs, place = packed_rows(ragged_items(4, count=20, k=2), ways=4)
+  weight = np.where(place >= 0, np.float32(1 / 20), 0)
+  batch = AlignBatch(pairs, np.zeros((*place.shape, 2), np.float32), weight)
   results = []
   for kernel in (True, False):
     with_kernel(monkeypatch, kernel)

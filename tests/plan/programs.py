@@ -17,6 +17,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from traffic import Program
 
 from tsalign_jax.config import Align, Sampling, Student
+from tsalign_jax.data.packing import Layout, pack
 from tsalign_jax.models.config import read_config
 from tsalign_jax.models.loading import ModelHandle
 from tsalign_jax.parallel.mesh import replicated, sharding
@@ -26,11 +27,12 @@ from tsalign_jax.sampling.engine import build_sampler
 from tsalign_jax.scoring.reward import build_reward_engine
 from tsalign_jax.training.align import AlignBatch, build_loss
 from tsalign_jax.training.optimizer import build_trainer
-from tsalign_jax.types import Branches
+from tsalign_jax.types import Branches, Packed
 
 SAMPLING_MESH = {"v5e:4x4": {"data": 2, "fsdp": 1, "tensor": 8}, "v5p:2x2x4": {"data": 16, "fsdp": 1}}
 PROMPTS, PROMPT, RESPONSE = 16, 512, 512
-PAIRS, PAIR_PROMPT, PAIR_RESPONSE = 16, 1024, 1024
+ROWS = 16  # of a microbatch of pairs
+LAYOUT = Layout(length=3072, targets=2048, items=8, k=2)
 SAMPLING = Sampling(responses=8, max_new_tokens=RESPONSE, batch_prompts=PROMPTS)
 
 
@@ -42,6 +44,12 @@ def rows(mesh: Mesh, *shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
 def branches(mesh: Mesh, count: int, prompt: int, k: int, response: int) -> Branches:
   """A `Branches` batch of shapes."""
   return Branches(rows(mesh, count, prompt), rows(mesh, count, k, response), rows(mesh, count), rows(mesh, count, k))
+
+
+def packed(mesh: Mesh, count: int, layout: Layout) -> Packed:
+  """A `Packed` batch of shapes."""
+  blank = pack([[]] * count, layout)
+  return jax.tree.map(lambda array: rows(mesh, *array.shape), blank)
 
 
 def on_device(tree) -> int:
@@ -99,8 +107,8 @@ def train(model: ModelHandle, mesh: Mesh) -> dict[str, dict]:
   """A DPO step: accumulating over microbatches, and the update."""
   trainer = build_trainer(build_loss(model, mesh, Align()), Align(), 100, model.skeleton, mesh)
   params = model.skeleton.abstract(mesh)
-  pairs = branches(mesh, PAIRS, PAIR_PROMPT, 2, PAIR_RESPONSE)
-  batch = AlignBatch(pairs, rows(mesh, PAIRS, 2, dtype=jnp.float32), rows(mesh, PAIRS, dtype=jnp.float32))
+  shapes = (ROWS, LAYOUT.items, 2), (ROWS, LAYOUT.items)  # reference log-probabilities, weights
+  batch = AlignBatch(packed(mesh, ROWS, LAYOUT), *(rows(mesh, *shape, dtype=jnp.float32) for shape in shapes))
   _, metrics = jax.eval_shape(trainer.accumulate, None, None, params, {}, batch)
   metrics = {name: jax.ShapeDtypeStruct((), one.dtype, sharding=replicated(mesh)) for name, one in metrics.items()}
   state = trainer.abstract_state(params)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from ragged import packed, ragged_items
+from ragged import packed_rows, ragged_items
 
 from tsalign_jax.config import Align, LoRA, Policy
 from tsalign_jax.data.packing import Item
@@ -54,7 +54,7 @@ def test_logps_do_not_change_with_what_else_is_in_the_batch(family, tmp_path, on
 
 def logps_of(program, params, items: list[Item]) -> np.ndarray:
   """[items, k] of a program over one packed batch."""
-  batch, place = packed(items)
+  batch, place = packed_rows(items)
   out = np.full((len(items), len(items[0].responses)), np.nan)
   out[place[place >= 0]] = np.asarray(program(params, batch))[place >= 0]
   return out
@@ -81,7 +81,7 @@ def test_dpo_loss_and_gradients_equal_pytorch(family, layout, tmp_path, one_devi
   model, params = load(tmp_path / "policy", one_device, layout, remat=True)
   other, reference_params = load(tmp_path / "reference", one_device, layout)
   pairs = ragged_items(4, k=2)
-  batch, place = packed(pairs)
+  batch, place = packed_rows(pairs)
   align = Align(beta=0.3, label_smoothing=0.1, sft_weight=0.2)
   reference_logps = build_reference(other, one_device)(reference_params, batch)
   weights = np.where(place >= 0, np.float32(1 / len(pairs)), 0)
@@ -108,7 +108,7 @@ def test_lora_starts_as_the_model_and_merges_into_it(tmp_path, one_device):
     skeleton = adapted_skeleton(model, lora)
     adapters = skeleton.init(jax.random.key(0), {name for name in skeleton.specs if is_adapter(name)})
     assert len(adapters) == 2 * 7 * (1 if layout == "stacked" else 4)
-    batch, _ = packed(ragged_items(5))
+    batch, _ = packed_rows(ragged_items(5))
 
     def logps(parameters, skeleton=skeleton, model=model, batch=batch):
       return np.asarray(branch_logps(skeleton.bind(parameters), batch, model, one_device))

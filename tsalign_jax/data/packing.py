@@ -11,10 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from tsalign_jax.data.batching import round_up
+from tsalign_jax.data.batching import part_size, round_up
 from tsalign_jax.types import Packed
 
-MULTIPLE = 128  # tokens; rows are as long as a multiple of it
+MULTIPLE = 256  # tokens; rows are as long as a multiple of it, as the kernel's blocks want it
+SMALLEST = 16  # tokens; a row holds as many items as if they were of this size
 
 
 class Item(NamedTuple):
@@ -44,13 +45,15 @@ class Layout(NamedTuple):
 
 
 def plan_layout(items: Sequence[Item]) -> Layout:
-  """The layout for these items: rows as long as the longest needs, with room for as many response tokens as usual."""
+  """The layout for these items: rows as long as the longest needs, with room for as many response tokens as usual.
+
+  It comes in coarse steps, so that the stages of the next round, whose items are alike, mostly get the same.
+  """
   length = round_up(max(item.tokens for item in items), MULTIPLE)
   share = sum(item.targets for item in items) / sum(item.tokens for item in items)
-  targets = max(max(item.targets for item in items), 1.15 * share * length)
-  targets = min(length, round_up(int(targets), MULTIPLE))
-  widest = Layout(length, targets, len(items), len(items[0].responses))
-  return widest._replace(items=max(map(len, assign(items, range(len(items)), widest))))
+  targets = max(max(item.targets for item in items), int(1.15 * share * length))
+  targets = min(length, round_up(targets, length // 8))
+  return Layout(length, targets, length // SMALLEST, len(items[0].responses))
 
 
 def assign(items: Sequence[Item], indices: Iterable[int], layout: Layout) -> list[list[int]]:
@@ -69,19 +72,25 @@ def assign(items: Sequence[Item], indices: Iterable[int], layout: Layout) -> lis
 
 
 class Packing:
-  """The packed batches of a stage: all of one layout, with about `at_once` items each, a multiple of `ways` rows."""
+  """The packed batches of a stage: of one layout, of at most `tokens` tokens, and of a multiple of `ways` rows.
 
-  def __init__(self, items: Sequence[Item], at_once: int, ways: int):
-    self.items, self.layout = items, plan_layout(items)
-    tokens = at_once * sum(item.tokens for item in items) / len(items)
-    self.rows = round_up(round(tokens / self.layout.length), ways)
+  `at_once` is how many items come together. Where `tokens` has room for more, batches are smaller: empty rows cost
+  as much as full ones.
+  """
+
+  def __init__(self, items: Sequence[Item], at_once: int, tokens: int, ways: int):
+    self.items, self.ways = items, ways
+    self.layout = plan_layout(items)
+    needed = at_once * sum(item.tokens for item in items) / len(items)
+    self.most = min(tokens, round_up(int(needed), self.layout.length)) // self.layout.length
 
   def batches(self, indices: Sequence[int]) -> Iterator[tuple[Packed, Int[np.ndarray, "rows items"]]]:
     """Packed batches that hold these items, and which item is where: -1 where there is none."""
     rows = assign(self.items, indices, self.layout)
-    rows += [[]] * (-len(rows) % self.rows)
-    for start in range(0, len(rows), self.rows):
-      part = rows[start : start + self.rows]
+    while rows:
+      size = part_size(len(rows), self.most, self.ways)
+      part, rows = rows[:size], rows[size:]
+      part += [[]] * (size - len(part))
       place = np.asarray([row + [-1] * (self.layout.items - len(row)) for row in part])
       yield pack([[self.items[index] for index in row] for row in part], self.layout), place
 

@@ -143,10 +143,12 @@ class TrunkAndBranches:
 class PackedRows:
   """Attention over a `Packed` batch: what training attends with.
 
-  Queries go in blocks, each with the keys before its end, so that half of what is not causal is not computed.
+  Queries go in blocks, each with the keys before its end, so that half of what is not causal is not computed. On TPUs
+  the kernel skips all that is not seen.
   """
 
-  def __init__(self, batch: Packed):
+  def __init__(self, batch: Packed, mesh: Mesh | None = None):
+    self.mesh = mesh
     self.positions = batch.tokens.shape[1]
     column = jnp.arange(self.positions)
     own, trunk = batch.branch[:, :, None] == batch.branch[:, None], batch.branch[:, None] == 0
@@ -155,6 +157,8 @@ class PackedRows:
 
   def __call__(self, query, key, value, *, masking: Masking, layer, cache):
     """The attention output [rows, columns, heads, head_dim], and the cache as it came (there is none to keep)."""
+    if splash.applies(self.mesh, query.dtype):
+      return splash.attend_packed(query, key, value, self.visible, self.position, masking, self.mesh), cache
     rows, columns, _, head_dim = query.shape
     key, value = lay_out(key, value)
     grouped = jnp.swapaxes(query.reshape(rows, columns, key.shape[1], -1, head_dim), 1, 2)

@@ -1,15 +1,19 @@
 """Attention of trunks with their branches as one block-sparse kernel: Pallas splash attention, on TPUs.
 
-Tokens lie as [trunk | branch | branch | ...]. What a token may see is known before any prompt is: a trunk ends where
-its branches begin, so the distance from branch column r back to trunk column p is (prompt - p) + r whatever the
-prompt's length. Causality, siblings and sliding windows are therefore one static mask, of which the kernel skips every
-empty block; only the padding before a trunk differs by row, and that is told by segment ids. (The padding after a
-branch needs nothing: no real token looks forward.) Every token sees at least itself, padding included, so no softmax
-is empty and all values and gradients are finite.
+In a batch of trunks and branches, tokens lie as [trunk | branch | branch | ...]. What a token may see is known before
+any prompt is: a trunk ends where its branches begin, so the distance from branch column r back to trunk column p is
+(prompt - p) + r whatever the prompt's length. Causality, siblings and sliding windows are therefore one static mask, of
+which the kernel skips every empty block; only the padding before a trunk differs by row, and that is told by segment
+ids. (The padding after a branch needs nothing: no real token looks forward.)
+
+In packed rows, who sees whom is data: the kernel gets a mask for each row, and skips what is empty in that.
+
+Every token sees at least itself, padding included, so no softmax is empty and all values and gradients are finite.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tsalign_jax.data.batching import round_up
 from tsalign_jax.ops.masking import Masking
@@ -113,30 +117,64 @@ def attend_tokens(
   """
   tokens = query.shape[1]
   block, width = _blocks(tokens)
+
+  def attend(query, key, value, trunk_length, window):
+    mask = splash_attention.MultiHeadMask([BranchMask(columns, width, window)] * query.shape[1])
+    kernel = _kernel(mask, block, masking.softcap, mesh)
+    segment = (jnp.arange(width) >= columns.prompt - trunk_length[:, None]).astype(jnp.int32)
+    return jax.vmap(kernel)(query, key, value, splash_attention.SegmentIds(segment, segment))
+
+  padded = (jnp.pad(array, ((0, 0), (0, width - tokens), (0, 0), (0, 0))) for array in (query, key, value))
+  return _on_each_device(attend, *padded, (trunk_length,), masking, mesh)[:, :tokens]
+
+
+def attend_packed(
+  query: Float[Array, "rows columns heads head_dim"],
+  key: Float[Array, "rows columns kv_heads head_dim"],
+  value: Float[Array, "rows columns kv_heads head_dim"],
+  visible: Bool[Array, "rows columns columns"],
+  position: Int[Array, "rows columns"],
+  masking: Masking,
+  mesh: Mesh,
+) -> Float[Array, "rows columns heads head_dim"]:
+  """Softmax attention of each token over what is visible to it, less what lies before its window.
+
+  Columns are a multiple of 256, and every token sees itself at least.
+  """
+  block = next(block for block in BLOCKS if query.shape[1] % block == 0)
+
+  def attend(query, key, value, visible, position, window):
+    def row(inputs):
+      query, key, value, visible, position = inputs
+      if window is not None:
+        visible = visible & (position[:, None] - position < window)
+      return _kernel(visible[None], block, masking.softcap, mesh)(query, key, value)
+
+    return jax.lax.map(row, (query, key, value, visible, position))
+
+  return _on_each_device(attend, query, key, value, (visible, position), masking, mesh)
+
+
+def _on_each_device(attend: Callable, query, key, value, of_rows: tuple[Array, ...], masking: Masking, mesh: Mesh):
+  """`attend`, with the heads before the tokens, of the part of rows and heads that each device has."""
   query = (query.astype(jnp.float32) * masking.scale).astype(query.dtype)
-  query, key, value = (_heads_first(array, width) for array in (query, key, value))
+  query, key, value = (jnp.swapaxes(array, 1, 2) for array in (query, key, value))
   split = partition_spec(AXES, query.shape, mesh)
   if split != partition_spec(KV_AXES, key.shape, mesh):  # fewer key heads than devices: each device needs its own
     key, value = (jnp.repeat(array, query.shape[1] // key.shape[1], axis=1) for array in (key, value))
 
-  def attend(query, key, value, segment, window):
-    mask = BranchMask(columns, width, window)
-    kernel = _kernel(mask, query.shape[1], block, masking.softcap, interpret=_platform(mesh) != "tpu")
-    return jax.vmap(kernel)(query, key, value, splash_attention.SegmentIds(segment, segment))
+  def local(kind, *inputs):
+    return jax.lax.switch(kind, [functools.partial(attend, window=window) for window in masking.windows], *inputs)
 
-  def local(query, key, value, trunk_length, kind):
-    segment = (jnp.arange(width) >= columns.prompt - trunk_length[:, None]).astype(jnp.int32)
-    each = [functools.partial(attend, window=window) for window in masking.windows]
-    return jax.lax.switch(kind, each, query, key, value, segment)
-
+  rows_split = [partition_spec(("batch", *[None] * (array.ndim - 1)), array.shape, mesh) for array in of_rows]
   out = jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=(split, split, split, partition_spec(("batch",), trunk_length.shape, mesh), PartitionSpec()),
+    in_specs=(PartitionSpec(), split, split, split, *rows_split),
     out_specs=split,
     check_vma=False,  # the kernel does not say over which mesh axes its results vary
-  )(query, key, value, trunk_length, masking.kind)
-  return jnp.swapaxes(out, 1, 2)[:, :tokens]
+  )(masking.kind, query, key, value, *of_rows)
+  return jnp.swapaxes(out, 1, 2)
 
 
 def _blocks(tokens: int) -> tuple[int, int]:
@@ -148,20 +186,19 @@ def _blocks(tokens: int) -> tuple[int, int]:
   return block, round_up(tokens, block)
 
 
-def _heads_first(array, width: int):
-  array = jnp.swapaxes(array, 1, 2)
-  return jnp.pad(array, ((0, 0), (0, 0), (0, width - array.shape[2]), (0, 0)))
-
-
-def _kernel(mask: BranchMask, heads: int, block: int, softcap: float | None, *, interpret: bool):
+def _kernel(mask: splash_attention.MultiHeadMask | Array, block: int, softcap: float | None, mesh: Mesh):
+  """The kernel with a mask that is known, or with one [1, tokens, tokens] for all heads that is not."""
   sizes = splash_attention.BlockSizes(
     block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
   )
-  return splash_attention.make_splash_mha(
-    splash_attention.MultiHeadMask([mask] * heads),
+  kernel = splash_attention.make_splash_mha(
+    mask,
     block_sizes=sizes,
     attn_logits_soft_cap=softcap,
     head_shards=1,
     q_seq_shards=1,
-    interpret=interpret,
+    interpret=_platform(mesh) != "tpu",
   )
+  # Of masks that are not known there is a flag, made an array, that the kernel then asks, which inside a program fails.
+  kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=None)
+  return kernel

@@ -12,15 +12,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tsalign_jax.config import Student
-from tsalign_jax.data.batching import make_branches, pad_right, round_up
+from tsalign_jax.data.batching import bucket, make_branches, pad_right, part_size, round_up
 from tsalign_jax.data.chat import Chat, load_tokenizer
 from tsalign_jax.models.config import EncoderConfig
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.loading import ModelHandle
 from tsalign_jax.parallel.mesh import batch_ways, put_batch
-from tsalign_jax.types import Conversation, UserError
-
-WIDTH_MULTIPLE = 16  # row widths are rounded up to it, which bounds the number of compilations
+from tsalign_jax.types import Branches, Conversation, UserError
 
 
 class Rows(NamedTuple):
@@ -64,12 +62,12 @@ class RewardEngine(abc.ABC):
     """Tokens of a prompt with its responses, cut to the limit."""
 
   @abc.abstractmethod
-  def collate(self, items: Sequence[Encoded], width: tuple[int, ...] | None = None) -> Any:
-    """A host batch of prompts with the same number of responses; `width` fixes its shape."""
+  def collate(self, items: Sequence[Encoded]) -> Any:
+    """A host batch of prompts with the same number of responses, in the narrowest shape that holds them."""
 
   @abc.abstractmethod
-  def widths(self, items: Sequence[Encoded]) -> tuple[int, ...]:
-    """The shape that holds all of these items."""
+  def tokens(self, item: Encoded) -> int:
+    """Tokens that an item takes in a batch of its own, padding included."""
 
   @abc.abstractmethod
   def rewards(self, module, batch) -> Float[Array, "batch k"]:
@@ -88,6 +86,17 @@ class RewardEngine(abc.ABC):
         got |= {first + offset: float(score) for offset, score in enumerate(row)}
         if len(got) == len(items[index].responses):
           yield index, [got[k] for k in range(len(got))]
+
+  def microbatches(
+    self, items: Sequence[Encoded], indices: Sequence[int], tokens: int
+  ) -> Iterator[tuple[list[int], Any]]:
+    """(indices, batch) of like items, widest first, at most `tokens` tokens each; what is short repeats its first."""
+    left = sorted(indices, key=lambda index: (-self.tokens(items[index]), index))
+    while left:
+      most = min(tokens // self.tokens(items[left[0]]), len(indices))
+      size = part_size(len(left), most, batch_ways(self.mesh))
+      part, left = left[:size], left[size:]
+      yield part, self.collate([items[index] for index in part + part[:1] * (size - len(part))])
 
   def _groups(self, items: Sequence[Encoded]) -> Iterator[list[tuple[int, int, Encoded]]]:
     """Units that make a batch: of like width, and with the same number of responses."""
@@ -118,15 +127,14 @@ class DecoderEngine(RewardEngine):
     cut = len(branches) if len(kept) < len(trunk) else sum(a != b for a, b in zip(shortened, branches, strict=True))
     return Encoded(kept, shortened, [], cut)
 
-  def widths(self, items: Sequence[Encoded]) -> tuple[int, ...]:
-    """(prompt, response) widths."""
-    prompt = max(len(item.prompt) for item in items)
-    response = max(len(branch) for item in items for branch in item.responses)
-    return round_up(prompt, WIDTH_MULTIPLE), round_up(response, WIDTH_MULTIPLE)
+  def tokens(self, item: Encoded) -> int:
+    """The trunk and all branches."""
+    return bucket(len(item.prompt)) + len(item.responses) * bucket(max(map(len, item.responses)))
 
-  def collate(self, items: Sequence[Encoded], width: tuple[int, ...] | None = None):
-    """A `Branches` batch."""
-    prompt, response = width or self.widths(items)
+  def collate(self, items: Sequence[Encoded]) -> Branches:
+    """Trunks and branches, each with a width of their own."""
+    prompt = bucket(max(len(item.prompt) for item in items))
+    response = bucket(max(len(branch) for item in items for branch in item.responses))
     return make_branches([item.prompt for item in items], [item.responses for item in items], prompt, response)
 
   def rewards(self, module, batch) -> Float[Array, "batch k"]:
@@ -161,13 +169,13 @@ class EncoderEngine(RewardEngine):
     spans = self.tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return (response, False) if len(spans) <= room else (response[: spans[room - 1][1]], True)
 
-  def widths(self, items: Sequence[Encoded]) -> tuple[int, ...]:
-    """(row width,)."""
-    return (min(round_up(max(item.width for item in items), WIDTH_MULTIPLE), self.limit),)
+  def tokens(self, item: Encoded) -> int:
+    """A row for each response."""
+    return len(item.responses) * self._width([item])
 
-  def collate(self, items: Sequence[Encoded], width: tuple[int, ...] | None = None):
-    """A `Rows` batch."""
-    (length,) = width or self.widths(items)
+  def collate(self, items: Sequence[Encoded]) -> Rows:
+    """Rows of one width."""
+    length = self._width(items)
     shape = (len(items), len(items[0].responses))
     rows = [row for item in items for row in item.responses]
     types = [row for item in items for row in item.types]
@@ -177,6 +185,9 @@ class EncoderEngine(RewardEngine):
       pad_right(types, length).reshape(*shape, length),
       lengths.reshape(shape),
     )
+
+  def _width(self, items: Sequence[Encoded]) -> int:
+    return min(bucket(max(item.width for item in items)), self.limit)
 
   def rewards(self, module, batch: Rows) -> Float[Array, "batch k"]:
     """The reward of each row."""

@@ -27,7 +27,7 @@ def align(job: Job) -> Counts:
   model, settings = job.policy(), job.config.align
   rows = read_table(job.reads["pairs"], used_only=True)
   items = [Item(row["prompt_tokens"], (row["chosen_tokens"], row["rejected_tokens"])) for row in rows]
-  packing = Packing(items, min(settings.microbatch, settings.batch_size), batch_ways(job.mesh))
+  packing = Packing(items, settings.batch_size, settings.microbatch_tokens, batch_ways(job.mesh))
   steps = training_steps(len(items), settings)
   with job.progress(steps, "steps") as advance:
     advance(0, "reference")

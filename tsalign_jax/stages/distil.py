@@ -3,16 +3,16 @@
 import shutil
 from collections.abc import Iterator, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tsalign_jax.config import Distil
-from tsalign_jax.data.batching import round_up
 from tsalign_jax.data.files import read_preferences
 from tsalign_jax.data.tables import read_table
 from tsalign_jax.models.checkpoints import save_tree
 from tsalign_jax.models.loading import wide
-from tsalign_jax.parallel.mesh import batch_ways, put_batch
+from tsalign_jax.parallel.mesh import put_batch
 from tsalign_jax.scoring.reward import build_reward_engine
 from tsalign_jax.stages.base import Counts, Job
 from tsalign_jax.training.distil import DistilBatch, build_loss
@@ -32,16 +32,13 @@ def distil(job: Job) -> Counts:
   new = read_pairs(job.reads["pairs"])
   pairs = [*new, *_replayed(job, len(new), settings)]
   items = [engine.encode(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
-  width, steps = engine.widths(items), training_steps(len(items), settings)
-  microbatch = round_up(min(settings.microbatch, settings.batch_size), batch_ways(job.mesh))
+  steps = training_steps(len(items), settings)
 
   def make_parts(indices: Sequence[int]) -> Iterator[DistilBatch]:
-    for start in range(0, len(indices), microbatch):
-      part = indices[start : start + microbatch]
-      weights = np.zeros(microbatch, np.float32)
-      weights[: len(part)] = 1 / len(indices)
-      filled = [items[index] for index in part] + [items[part[0]]] * (microbatch - len(part))
-      yield put_batch(DistilBatch(engine.collate(filled, width), weights), job.mesh)
+    for part, batch in engine.microbatches(items, indices, settings.microbatch_tokens):
+      weight = np.zeros(len(jax.tree.leaves(batch)[0]), np.float32)
+      weight[: len(part)] = 1 / len(indices)
+      yield put_batch(DistilBatch(batch, weight), job.mesh)
 
   with job.progress(steps, "steps") as advance:
     trained = train(

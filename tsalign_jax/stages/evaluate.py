@@ -112,7 +112,7 @@ def _kl(job: Job, prompts: dict[int, dict], policy: dict[int, Rows]) -> float:
   program, params = build_reference(model, job.mesh), job.load(model, job.reads["policy_initial"])
   items = [Item(prompts[i]["tokens"], [row["tokens"] for row in policy[i]]) for i in prompts]
   sampled = np.asarray([[row["logprob"] for row in policy[i]] for i in prompts])
-  packing = Packing(items, job.config.align.microbatch, batch_ways(job.mesh))
+  packing = Packing(items, len(items), job.config.align.microbatch_tokens, batch_ways(job.mesh))
   differences = []
   for packed, place in packing.batches(range(len(items))):
     initial = np.asarray(program(params, put_batch(packed, job.mesh)))

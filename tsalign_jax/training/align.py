@@ -33,7 +33,7 @@ def branch_logps(
 ) -> Float[Array, "rows items k"]:
   """log p(branch | trunk) in nats, at temperature 1: only branch tokens pay the vocabulary projection."""
   hidden, _ = language_model.model(
-    batch.tokens, batch.position, PackedRows(batch), dtype=model.dtype, remat=model.remat
+    batch.tokens, batch.position, PackedRows(batch, mesh), dtype=model.dtype, remat=model.remat
   )
   predicting = jnp.take_along_axis(constrain_batch(hidden, mesh), batch.predictor[..., None], axis=1)
   with jax.named_scope("token_logprobs"):
