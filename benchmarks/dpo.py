@@ -15,10 +15,10 @@ PEER = "TRL"
 # Relative differences, from bfloat16: of the first step's loss, log-probabilities and gradient norm.
 TOLERANCE = {"tokens": 0.0, "loss": 0.01, "logps/chosen": 0.02, "logps/rejected": 0.02, "grad_norm": 0.2}
 OURS = [
-  {"microbatch": 8, "remat": False},
-  {"microbatch": 4, "remat": False},
-  {"microbatch": 16, "remat": False},
-  {"microbatch": 8, "remat": True},
+  {"microbatch_tokens": 2048, "remat": False},
+  {"microbatch_tokens": 1024, "remat": False},
+  {"microbatch_tokens": 4096, "remat": False},
+  {"microbatch_tokens": 2048, "remat": True},
 ]
 THEIRS = [
   {"batch": 8, "checkpointing": False},

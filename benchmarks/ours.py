@@ -11,18 +11,16 @@ import jax
 import numpy as np
 
 from tsalign_jax import config
-from tsalign_jax.data.batching import round_up
 from tsalign_jax.data.chat import Chat
+from tsalign_jax.data.packing import Item, Packing
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.loading import ModelHandle, language_model, reward_model, wide
 from tsalign_jax.pairing.mine import best_worst, usable
 from tsalign_jax.parallel.mesh import batch_ways, make_mesh, put_batch
 from tsalign_jax.sampling.engine import Sampled, build_sampler
 from tsalign_jax.scoring.reward import DecoderEngine, build_reward_engine
-from tsalign_jax.stages.align import WIDTH_MULTIPLE, PairBatches
 from tsalign_jax.training.align import AlignBatch, build_loss, build_reference
 from tsalign_jax.training.optimizer import build_trainer
-from tsalign_jax.training.run import microbatches
 
 PACKAGES = ("tsalign_jax", "jax")
 
@@ -65,41 +63,49 @@ class Scorer:
 class Trainer:
   """DPO over pairs, as the `align` stage does it: the reference first, then steps in the order of the pairs."""
 
-  def __init__(self, model: ModelHandle, work: Mapping[str, Any], microbatch: int):
+  def __init__(self, model: ModelHandle, work: Mapping[str, Any], microbatch_tokens: int):
     self.model, self.mesh = model, make_mesh()
     self.settings = config.Align(
       learning_rate=work["learning_rate"],
       beta=work["beta"],
       batch_size=work["batch_size"],
-      microbatch=microbatch,
+      microbatch_tokens=microbatch_tokens,
       schedule="constant",
       warmup=0.0,
     )
     self.reference = build_reference(model, self.mesh)
     loss = build_loss(model, self.mesh, self.settings)
     self.trainer = build_trainer(loss, self.settings, 1, model.skeleton, self.mesh)
-    self.microbatch = round_up(min(microbatch, work["batch_size"]), batch_ways(self.mesh))
 
-  def reference_logps(self, params: Params, batches: PairBatches) -> np.ndarray:
+  def pack(self, pairs: Sequence[Item]) -> Packing:
+    """The pairs, ready to be laid into batches."""
+    return Packing(pairs, self.settings.batch_size, self.settings.microbatch_tokens, batch_ways(self.mesh))
+
+  def reference_logps(self, params: Params, packing: Packing) -> np.ndarray:
     """[pairs, 2], of the frozen policy."""
-    logps = [
-      np.asarray(self.reference(params, put_batch(batches.take(indices), self.mesh)))
-      for indices, _ in microbatches(range(len(batches.rows)), self.microbatch)
-    ]
-    return np.concatenate(logps)[: len(batches.rows)]
+    out = np.zeros((len(packing.items), 2), np.float32)
+    for step in self._steps(packing):
+      for packed, place in packing.batches(step):
+        logps = np.asarray(self.reference(params, put_batch(packed, self.mesh)))
+        out[place[place >= 0]] = logps[place >= 0]
+    return out
 
-  def epoch(self, trainable: Params, state, batches: PairBatches, reference: np.ndarray):
+  def epoch(self, trainable: Params, state, packing: Packing, reference: np.ndarray):
     """(trainable, optimizer state, metrics of each step) after one pass over the pairs."""
     log = []
-    for start in range(0, len(batches.rows), self.settings.batch_size):
-      step = range(len(batches.rows))[start : start + self.settings.batch_size]
-      trainable, state, metrics = self.trainer.step(trainable, {}, state, self._parts(step, batches, reference))
+    for step in self._steps(packing):
+      trainable, state, metrics = self.trainer.step(trainable, {}, state, self._parts(step, packing, reference))
       log.append(metrics)
     return trainable, state, jax.device_get(log)
 
-  def _parts(self, step: Sequence[int], batches: PairBatches, reference: np.ndarray) -> Iterator[AlignBatch]:
-    for indices, weights in microbatches(step, self.microbatch):
-      yield put_batch(AlignBatch(batches.take(indices), reference[indices], weights), self.mesh)
+  def _steps(self, packing: Packing) -> Iterator[Sequence[int]]:
+    for start in range(0, len(packing.items), self.settings.batch_size):
+      yield range(len(packing.items))[start : start + self.settings.batch_size]
+
+  def _parts(self, step: Sequence[int], packing: Packing, reference: np.ndarray) -> Iterator[AlignBatch]:
+    for packed, place in packing.batches(step):
+      weight = np.where(place >= 0, np.float32(1 / len(step)), np.float32(0))
+      yield put_batch(AlignBatch(packed, reference[place], weight), self.mesh)
 
 
 class Sampling:
@@ -159,10 +165,11 @@ class Dpo:
 
   def __init__(self, work: Mapping[str, Any], settings: Mapping[str, Any]):
     model = language_model(config.Policy(path=Path(work["policy"]), remat=settings["remat"]))
-    self.trainer = Trainer(model, work, settings["microbatch"])
-    self.batches = PairBatches.of(work["pairs"])
+    self.trainer = Trainer(model, work, settings["microbatch_tokens"])
+    pairs = [Item(row["prompt_tokens"], (row["chosen_tokens"], row["rejected_tokens"])) for row in work["pairs"]]
+    self.packing = self.trainer.pack(pairs)
     params = model.load(make_mesh())
-    self.reference = self.trainer.reference_logps(params, self.batches)
+    self.reference = self.trainer.reference_logps(params, self.packing)
     self.trainable, self.state = wide(params), self.trainer.trainer.init(params)
     del params
     first = self._epoch()[0]
@@ -173,10 +180,10 @@ class Dpo:
   def run(self, seed: int) -> dict[str, float]:
     """One pass over the pairs."""
     self._epoch()
-    return {"units": len(self.batches.rows)}
+    return {"units": len(self.packing.items)}
 
   def _epoch(self) -> list[dict[str, float]]:
-    self.trainable, self.state, log = self.trainer.epoch(self.trainable, self.state, self.batches, self.reference)
+    self.trainable, self.state, log = self.trainer.epoch(self.trainable, self.state, self.packing, self.reference)
     return log
 
 
@@ -190,9 +197,7 @@ class Round:
     self.model = language_model(config.Policy(path=Path(work["policy"])))
     self.sampler = Sampler(self.model, work, settings["batch_prompts"])
     self.scorer = Scorer(work["reward"], settings["batch_prompts"], work["max_tokens"])
-    self.trainer = Trainer(self.model, work, settings["microbatch"])
-    self.prompt = round_up(max(map(len, work["prompts"])), WIDTH_MULTIPLE)
-    self.response = round_up(work["max_new_tokens"], WIDTH_MULTIPLE)
+    self.trainer = Trainer(self.model, work, settings["microbatch_tokens"])
     self.params = self.model.load(make_mesh())
     assert isinstance(self.scorer.engine, DecoderEngine)
     self.run(0)
@@ -203,19 +208,18 @@ class Round:
     answers = self.sampler(self.params, seed)
     texts = [[self.chat.text(sampled.tokens) for sampled in row] for row in answers]
     pairs = self._pairs(answers, texts, self.scorer(self.scorer.encode(self.messages, texts)))
-    batches = PairBatches(pairs, self.prompt, self.response)  # one shape for all rounds, so that they compile once
-    reference = self.trainer.reference_logps(self.params, batches)
+    packing = self.trainer.pack(pairs)
+    reference = self.trainer.reference_logps(self.params, packing)
     trainable, state = wide(self.params), self.trainer.trainer.init(self.params)
-    self.params, *_ = jax.block_until_ready(self.trainer.epoch(trainable, state, batches, reference))
+    self.params, *_ = jax.block_until_ready(self.trainer.epoch(trainable, state, packing, reference))
     lengths = [len(sampled.tokens) for row in answers for sampled in row]
     return {"units": len(answers), "pairs": len(pairs), "tokens_a_response": float(np.mean(lengths))}
 
-  def _pairs(self, answers: list[list[Sampled]], texts: list[list[str]], scores: list[list[float]]) -> list[dict]:
-    rows = []
+  def _pairs(self, answers: list[list[Sampled]], texts: list[list[str]], scores: list[list[float]]) -> list[Item]:
+    pairs = []
     for tokens, row, words, marks in zip(self.sampler.prompts, answers, texts, scores, strict=True):
       indices = usable(words, [sampled.finish for sampled in row], drop_truncated=False)
       found = indices if isinstance(indices, str) else best_worst(indices, marks, min_margin=0.0)
       if not isinstance(found, str):
-        chosen, rejected = row[found.first].tokens, row[found.second].tokens
-        rows.append({"prompt_tokens": tokens, "chosen_tokens": chosen, "rejected_tokens": rejected})
-    return rows
+        pairs.append(Item(tokens, (row[found.first].tokens, row[found.second].tokens)))
+    return pairs
