@@ -20,7 +20,7 @@ from tsalign_jax.parallel.mesh import batch_ways, make_mesh, put_batch
 from tsalign_jax.sampling.engine import Sampled, build_sampler
 from tsalign_jax.scoring.reward import DecoderEngine, build_reward_engine
 from tsalign_jax.training.align import AlignBatch, build_loss, build_reference
-from tsalign_jax.training.optimizer import build_trainer
+from tsalign_jax.training.optimizer import build_trainer, fetch
 
 PACKAGES = ("tsalign_jax", "jax")
 
@@ -96,7 +96,7 @@ class Trainer:
     for step in self._steps(packing):
       trainable, state, metrics = self.trainer.step(trainable, {}, state, self._parts(step, packing, reference))
       log.append(metrics)
-    return trainable, state, jax.device_get(log)
+    return trainable, state, [fetch(metrics) for metrics in log]
 
   def _steps(self, packing: Packing) -> Iterator[Sequence[int]]:
     for start in range(0, len(packing.items), self.settings.batch_size):

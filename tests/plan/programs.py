@@ -109,11 +109,9 @@ def train(model: ModelHandle, mesh: Mesh) -> dict[str, dict]:
   params = model.skeleton.abstract(mesh)
   shapes = (ROWS, LAYOUT.items, 2), (ROWS, LAYOUT.items)  # reference log-probabilities, weights
   batch = AlignBatch(packed(mesh, ROWS, LAYOUT), *(rows(mesh, *shape, dtype=jnp.float32) for shape in shapes))
-  _, metrics = jax.eval_shape(trainer.accumulate, None, None, params, {}, batch)
-  metrics = {name: jax.ShapeDtypeStruct((), one.dtype, sharding=replicated(mesh)) for name, one in metrics.items()}
   state = trainer.abstract_state(params)
-  accumulate, _ = facts(trainer.accumulate.lower(params, metrics, params, {}, batch))
-  update, _ = facts(trainer.update.lower(params, state, params, metrics))
+  accumulate, _ = facts(trainer.accumulate.lower(params, params, {}, batch))
+  update, _ = facts(trainer.update.lower(params, state, params))
   return {"accumulate": accumulate | {"beside": on_device(state)}, "update": update}
 
 

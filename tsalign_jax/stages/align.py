@@ -18,7 +18,7 @@ from tsalign_jax.training.align import AlignBatch, build_loss, build_reference
 from tsalign_jax.training.optimizer import build_trainer
 from tsalign_jax.training.run import batches_of, train, training_steps
 
-# Nats a token by which the two programs that compute log-probabilities may round differently. On CPU they do not.
+# Nats a token by which the two programs that compute log-probabilities may differ. On CPUs they do not.
 DRIFT_PER_TOKEN = {"float32": 1e-4, "bfloat16": 1e-2}
 
 

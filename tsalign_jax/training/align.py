@@ -17,6 +17,7 @@ from tsalign_jax.objectives import dpo
 from tsalign_jax.ops.attention import PackedRows
 from tsalign_jax.ops.logprobs import token_logprobs
 from tsalign_jax.parallel.mesh import constrain_batch
+from tsalign_jax.training.optimizer import ROUND_ALIKE
 from tsalign_jax.types import Packed
 
 
@@ -54,7 +55,7 @@ def branch_logps(
 def build_reference(model: ModelHandle, mesh: Mesh):
   """The program (params, packed) -> log-probabilities [rows, items, k]: the training forward pass without its loss."""
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=ROUND_ALIKE)
   def program(params: Params, batch: Packed):
     return branch_logps(model.skeleton.bind(params), batch, model, mesh)
 

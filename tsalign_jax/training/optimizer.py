@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,10 @@ from tsalign_jax.parallel.mesh import replicated
 
 # (trainable, frozen, microbatch) -> (sum over pairs of weighted losses, metrics summed with the same weights)
 LossFn = Callable[[Params, Params, Any], tuple[Float[Array, ""], Mapping[str, Float[Array, ""]]]]
+
+# XLA may leave out a rounding to bfloat16 between two operations that it fuses, and fuses differently when there is a
+# backward pass. Without that freedom a loss computes the very numbers that its forward pass computes alone.
+ROUND_ALIKE = {"xla_allow_excess_precision": False}
 
 
 def make_schedule(settings: Optimizer, steps: int) -> optax.Schedule:
@@ -45,24 +50,38 @@ def make_optimizer(settings: Optimizer, steps: int) -> optax.GradientTransformat
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trainer:
-  """One optimizer step as two programs, so that its microbatches may differ in number and shape.
+  """One optimizer step as a few programs, so that its microbatches may differ in number and shape.
 
   Losses come weighted with 1 / (pairs in the whole batch), so accumulated gradients are those of the whole batch.
   Gradients and optimizer moments live where their parameters do.
   """
 
-  accumulate: Callable
-  update: Callable
+  zeros: Callable  # (trainable) -> gradients of nothing
+  accumulate: Callable  # (gradients, trainable, frozen, microbatch) -> gradients, metrics; donates the gradients
+  update: Callable  # (trainable, opt_state, gradients) -> trainable, opt_state, norm; donates the first two
   init: Callable
   abstract_state: Callable
   schedule: optax.Schedule
 
-  def step(self, trainable: Params, frozen: Params, opt_state, microbatches):
-    """(trainable, opt_state, metrics) after one step over all microbatches; the old buffers are donated."""
-    gradients = metrics = None
+  def step(self, trainable: Params, frozen: Params, opt_state, microbatches: Iterable[Any]):
+    """(trainable, opt_state, metrics) after one step over all microbatches; the old buffers are donated.
+
+    The metrics stay on the device: `fetch` makes numbers of them.
+    """
+    gradients, metrics = self.zeros(trainable), []
     for microbatch in microbatches:
-      gradients, metrics = self.accumulate(gradients, metrics, trainable, frozen, microbatch)
-    return self.update(trainable, opt_state, gradients, metrics)
+      gradients, of_part = self.accumulate(gradients, trainable, frozen, microbatch)
+      metrics.append(of_part)
+    trainable, opt_state, norm = self.update(trainable, opt_state, gradients)
+    return trainable, opt_state, [*metrics, {"grad_norm": norm}]
+
+
+def fetch(metrics: Sequence[Mapping[str, Array]]) -> dict[str, float]:
+  """The numbers of a whole step, by name: sums over its microbatches."""
+  total: Counter[str] = Counter()
+  for part in jax.device_get(metrics):
+    total.update({name: float(value) for name, value in part.items()})
+  return dict(sorted(total.items()))
 
 
 @functools.lru_cache(maxsize=16)
@@ -92,19 +111,20 @@ def build_trainer(loss: LossFn, settings: Optimizer, steps: int, skeleton: Skele
       state_shardings(trainable),
     )
 
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def accumulate(gradients, metrics, trainable, frozen, microbatch):
-    (_, new_metrics), new = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, microbatch)
-    new = place(new)
-    if gradients is None:
-      return new, dict(new_metrics)
-    return jax.tree.map(jnp.add, gradients, new), jax.tree.map(jnp.add, metrics, dict(new_metrics))
+  @jax.jit
+  def zeros(trainable: Params):
+    return place(jax.tree.map(jnp.zeros_like, dict(trainable)))
+
+  @functools.partial(jax.jit, donate_argnums=0, compiler_options=ROUND_ALIKE)
+  def accumulate(gradients, trainable, frozen, microbatch):
+    (_, metrics), new = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, microbatch)
+    return jax.tree.map(jnp.add, gradients, place(new)), dict(metrics)
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def update(trainable, opt_state, gradients, metrics):
+  def update(trainable, opt_state, gradients):
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, opt_state, trainable)
     opt_state = jax.lax.with_sharding_constraint(opt_state, state_shardings(trainable))
-    return place(optax.apply_updates(trainable, updates)), opt_state, metrics | {"grad_norm": norm}
+    return place(optax.apply_updates(trainable, updates)), opt_state, norm
 
-  return Trainer(accumulate, update, init, abstract_state, make_schedule(settings, steps))
+  return Trainer(zeros, accumulate, update, init, abstract_state, make_schedule(settings, steps))

@@ -12,7 +12,7 @@ import jax
 from tsalign_jax.config import Optimizer
 from tsalign_jax.models.functional import Params
 from tsalign_jax.training.checkpoints import StepCheckpoints
-from tsalign_jax.training.optimizer import Trainer
+from tsalign_jax.training.optimizer import Trainer, fetch
 from tsalign_jax.types import UserError
 
 MakeParts = Callable[[Sequence[int]], Iterator[Any]]  # the pairs of a step, by index -> its microbatches on the device
@@ -74,8 +74,7 @@ def train(
 
 
 def _book(log, trainer: Trainer, step: int, metrics, on_step) -> None:
-  values = {name: float(value) for name, value in sorted(jax.device_get(metrics).items())}
-  values["learning_rate"] = float(trainer.schedule(step))
+  values = fetch(metrics) | {"learning_rate": float(trainer.schedule(step))}
   if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
     raise UserError(f"step {step}: the loss is {values['loss']}; start a new run with a lower learning_rate")
   on_step(step, values)
