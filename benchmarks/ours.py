@@ -16,10 +16,10 @@ from tsalign_jax.data.packing import Item, Packing
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.loading import ModelHandle, language_model, reward_model, wide
 from tsalign_jax.pairing.mine import best_worst, usable
-from tsalign_jax.parallel.mesh import batch_ways, make_mesh, put_batch
+from tsalign_jax.parallel.mesh import batch_ways, make_mesh
 from tsalign_jax.sampling.engine import Sampled, build_sampler
 from tsalign_jax.scoring.reward import DecoderEngine, build_reward_engine
-from tsalign_jax.training.align import AlignBatch, build_loss, build_reference
+from tsalign_jax.training.align import build_loss, build_reference, known_logps, make_batches
 from tsalign_jax.training.optimizer import build_trainer, fetch
 
 PACKAGES = ("tsalign_jax", "jax")
@@ -83,29 +83,20 @@ class Trainer:
 
   def reference_logps(self, params: Params, packing: Packing) -> np.ndarray:
     """[pairs, 2], of the frozen policy."""
-    out = np.zeros((len(packing.items), 2), np.float32)
-    for step in self._steps(packing):
-      for packed, place in packing.batches(step):
-        logps = np.asarray(self.reference(params, put_batch(packed, self.mesh)))
-        out[place[place >= 0]] = logps[place >= 0]
-    return out
+    return known_logps(self.reference, params, packing, self._steps(packing), self.mesh)
 
   def epoch(self, trainable: Params, state, packing: Packing, reference: np.ndarray):
     """(trainable, optimizer state, metrics of each step) after one pass over the pairs."""
     log = []
     for step in self._steps(packing):
-      trainable, state, metrics = self.trainer.step(trainable, {}, state, self._parts(step, packing, reference))
+      parts = make_batches(packing, step, reference, self.mesh)
+      trainable, state, metrics = self.trainer.step(trainable, {}, state, parts)
       log.append(metrics)
     return trainable, state, [fetch(metrics) for metrics in log]
 
   def _steps(self, packing: Packing) -> Iterator[Sequence[int]]:
     for start in range(0, len(packing.items), self.settings.batch_size):
       yield range(len(packing.items))[start : start + self.settings.batch_size]
-
-  def _parts(self, step: Sequence[int], packing: Packing, reference: np.ndarray) -> Iterator[AlignBatch]:
-    for packed, place in packing.batches(step):
-      weight = np.where(place >= 0, np.float32(1 / len(step)), np.float32(0))
-      yield put_batch(AlignBatch(packed, reference[place], weight), self.mesh)
 
 
 class Sampling:

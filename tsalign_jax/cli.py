@@ -22,16 +22,17 @@ app = typer.Typer(
 console = Console()
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file; every key is described in tsalign_jax/config.py.")]
+Overrides = Annotated[
+  list[str] | None,
+  typer.Argument(metavar="[KEY=VALUE]...", help="Replace values of the file, such as align.beta=0.2 rounds=3."),
+]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
 
 
 @app.command()
 def run(
   config: ConfigFile,
-  overrides: Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Replace values of the file, such as align.beta=0.2 rounds=3."),
-  ] = None,
+  overrides: Overrides = None,
 ) -> None:
   """Run TS-Align, or continue a run.
 
@@ -50,6 +51,31 @@ def run(
   run_recipe(settings, terminal_progress(console))
   console.print(closing_table(settings.run))
   console.print(f"Report: {settings.run / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def bench(
+  config: ConfigFile,
+  overrides: Overrides = None,
+  prompts: Annotated[int, typer.Option(min=1, help="Training prompts to work on.")] = 32,
+  runs: Annotated[int, typer.Option(min=1, help="Timed runs of each phase; the median counts.")] = 3,
+) -> None:
+  """Time every engine with a configuration's models, prompts and settings on this machine; nothing is written.
+
+  Sampling, scoring and training are shown in tokens, responses and pairs a second, and as shares of what the machine
+  does in a large matrix product and in a large copy.
+  """
+  from tsalign_jax.bench import bench as measure
+  from tsalign_jax.bench import table
+  from tsalign_jax.config import load_config
+
+  settings = load_config(config, overrides or [])
+  results = []
+  with console.status("measuring the machine") as status:
+    for result in measure(settings, prompts, runs):
+      results.append(result)
+      status.update(f"{len(results) - 1} of 5 phases are done")
+  console.print(table(results[0], results[1:]))
 
 
 @app.command()

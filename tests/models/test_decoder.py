@@ -32,7 +32,7 @@ def load_language_model(folder, mesh, layout="unrolled"):
 def branch_logits(skeleton, params, batch):
   model = skeleton.bind(params)
   hidden, _ = model.model(*flatten(batch), TrunkAndBranches(batch))
-  return np.asarray(model.logits(hidden, model.head(jnp.float32)))
+  return np.asarray(model.logits(hidden, model.head()))
 
 
 @pytest.mark.parametrize("layout", ["unrolled", "stacked"])

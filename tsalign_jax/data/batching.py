@@ -24,12 +24,12 @@ def bucket(length: int) -> int:
 
 
 def part_size(left: int, most: int, ways: int) -> int:
-  """How many of the rows that are left make the next batch: `most`, then its half or its quarter, in few shapes.
+  """Rows of the next batch: `most`, or half of it where that holds what is left; both are multiples of `ways`.
 
-  All are multiples of `ways`; the last batch is filled up, where it must be.
+  So a stage compiles two shapes at most, and fills up the last batch of a step only.
   """
-  sizes = [ways * part for part in (max(1, most // ways), -(-most // (2 * ways)), -(-most // (4 * ways)))]
-  return max((size for size in sizes if size <= left), default=min(sizes))
+  half = ways * -(-most // (2 * ways))
+  return half if left <= half else ways * max(1, most // ways)
 
 
 def pad_left(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:

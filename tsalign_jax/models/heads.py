@@ -10,7 +10,7 @@ from tsalign_jax.models.decoder import Decoder, Layout
 from tsalign_jax.models.encoder import Encoder
 from tsalign_jax.models.layers import ACTIVATIONS, LayerNorm, Linear
 from tsalign_jax.ops.attention import TrunkAndBranches, flatten
-from tsalign_jax.ops.einsum import wide_dot
+from tsalign_jax.ops.einsum import soft_cap, wide_dot
 from tsalign_jax.types import Branches
 
 
@@ -22,14 +22,13 @@ class LanguageModel(nnx.Module):
     self.model = Decoder(config, rngs, layout)
     self.lm_head = None if config.tied else Linear({"embed": config.embed}, {"vocab": config.vocab}, rngs)
 
-  def head(self, dtype) -> Float[Array, "embed vocab"]:
-    """The vocabulary projection."""
-    matrix = self.model.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
-    return matrix.astype(dtype)
+  def head(self) -> Float[Array, "embed vocab"]:
+    """The vocabulary projection, in the dtype that it is stored in."""
+    return self.model.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
   def logits(self, hidden: Float[Array, "*batch embed"], head: Float[Array, "embed vocab"]):
     """Next-token logits in float32, soft-capped where the model is."""
-    return softcap(wide_dot(hidden, head), self.config.logit_softcap)
+    return soft_cap(wide_dot(hidden, head), self.config.logit_softcap)
 
 
 class DecoderRewardModel(nnx.Module):
@@ -88,8 +87,3 @@ class EncoderRewardModel(nnx.Module):
 def _mean(hidden, mask):
   total = jnp.where(mask[..., None], hidden, 0).sum(axis=1, dtype=jnp.float32)
   return (total / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)).astype(hidden.dtype)
-
-
-def softcap(logits: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
-  """cap * tanh(logits / cap), as in Gemma 2; unchanged where cap is None."""
-  return logits if cap is None else cap * jnp.tanh(logits / cap)

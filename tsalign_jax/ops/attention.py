@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from tsalign_jax.ops import splash
-from tsalign_jax.ops.einsum import wide_matmul
+from tsalign_jax.ops.einsum import soft_cap, wide_matmul
 from tsalign_jax.ops.masking import Masking
 from tsalign_jax.types import Branches, Packed
 
@@ -76,7 +76,7 @@ class _Met(NamedTuple):
 
 
 def _meet(rows, key, value, visible: Bool[Array, "*batch length key"], masking: Masking) -> _Met:
-  logits = _cap(wide_matmul(rows, key), masking)
+  logits = soft_cap(wide_matmul(rows, key) * masking.scale, masking.softcap)
   by_length = logits.reshape(*logits.shape[:-2], visible.shape[-2], -1, logits.shape[-1])
   logits = jnp.where(visible[..., None, :, None, :], by_length, MASKED).reshape(logits.shape)
   highest = jax.lax.stop_gradient(jnp.maximum(logits.max(-1), MASKED / 2))
@@ -90,11 +90,6 @@ def _join(a: _Met, b: _Met) -> _Met:
   of_a, of_b = jnp.exp(a.highest - highest), jnp.exp(b.highest - highest)
   out = a.out * of_a[..., None] + b.out * of_b[..., None]
   return _Met(out, a.total * of_a + b.total * of_b, highest)
-
-
-def _cap(logits, masking: Masking):
-  logits = logits * masking.scale
-  return logits if masking.softcap is None else jnp.tanh(logits / masking.softcap) * masking.softcap
 
 
 def _visible(position, keys: Keys, masking: Masking) -> Bool[Array, "batch k query key"]:

@@ -1,4 +1,4 @@
-"""Matrix products and sums of bfloat16 or float32 arrays, in float32."""
+"""Matrix products of bfloat16 or float32 arrays with float32 results, and what is done to these."""
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,11 @@ def _transposed(matrix: Float[Array, "*batch rows columns"]) -> Float[Array, "*b
 
 
 wide_matmul.defvjp(_forward, _backward)
+
+
+def soft_cap(logits: Float[Array, "*rows columns"], cap: float | None) -> Float[Array, "*rows columns"]:
+  """cap * tanh(logits / cap), as in Gemma 2; unchanged where cap is None."""
+  return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def sum_exp(x: Float[Array, "*rows columns"]) -> Float[Array, "*rows"]:

@@ -235,7 +235,7 @@ class _Programs:
   def decode(self, params: Params, state: Slots, released: Bool[Array, " slots"], wanted, key):
     """Grows branches until `wanted` prompts are complete, or all; the released slots are empty from now on."""
     language_model: LanguageModel = self.model.skeleton.bind(params)
-    grow = functools.partial(self._grow, language_model, language_model.head(self.model.dtype), key)
+    grow = functools.partial(self._grow, language_model, language_model.head(), key)
     state = state._replace(prompt_id=jnp.where(released, EMPTY, state.prompt_id))
 
     def goes_on(state: Slots):

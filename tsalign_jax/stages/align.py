@@ -1,7 +1,7 @@
 """align: the policy learns from the pairs by DPO against a frozen reference."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,9 @@ from tsalign_jax.data.tables import read_table
 from tsalign_jax.models.checkpoints import save_tree
 from tsalign_jax.models.loading import ModelHandle, wide
 from tsalign_jax.models.lora import adapted_skeleton, is_adapter, merge
-from tsalign_jax.parallel.mesh import batch_ways, put_batch
+from tsalign_jax.parallel.mesh import batch_ways
 from tsalign_jax.stages.base import Counts, Job
-from tsalign_jax.training.align import AlignBatch, build_loss, build_reference
+from tsalign_jax.training.align import build_loss, build_reference, known_logps, make_batches
 from tsalign_jax.training.optimizer import build_trainer
 from tsalign_jax.training.run import batches_of, train, training_steps
 
@@ -34,11 +34,6 @@ def align(job: Job) -> Counts:
     reference = _reference_logps(job, model, packing)
     skeleton, names, load, frozen = _trained_part(job, model)
 
-    def make_parts(indices: Sequence[int]) -> Iterator[AlignBatch]:
-      for packed, place in packing.batches(indices):
-        weight = np.where(place >= 0, np.float32(1 / len(indices)), np.float32(0))
-        yield put_batch(AlignBatch(packed, reference[place], weight), job.mesh)
-
     def on_step(step: int, metrics: dict[str, float]) -> None:
       if step == 0:
         _check_start(job, metrics["logps/drift"], model, items)
@@ -51,7 +46,7 @@ def align(job: Job) -> Counts:
       {name: abstract[name] for name in names},
       load,
       frozen,
-      make_parts,
+      lambda step: make_batches(packing, step, reference, job.mesh),
       pairs=len(items),
       seed=job.seed,
       folder=job.partial,
@@ -73,14 +68,8 @@ def _reference_logps(job: Job, model: ModelHandle, packing: Packing) -> np.ndarr
   if file.exists():
     return np.load(file)
   program, params = build_reference(model, job.mesh), job.load(model, job.reads["reference"])
-  out = np.full((len(packing.items), 2), np.nan, np.float32)
-  for indices in batches_of(len(packing.items), job.config.align, job.seed):
-    if not np.isnan(out).any():
-      break
-    for packed, place in packing.batches(indices.tolist()):
-      logps = np.asarray(program(params, put_batch(packed, job.mesh)))
-      new = (place >= 0) & np.isnan(out[place]).any(-1)
-      out[place[new]] = logps[new]
+  steps = batches_of(len(packing.items), job.config.align, job.seed)
+  out = known_logps(program, params, packing, (indices.tolist() for indices in steps), job.mesh)
   np.save(job.partial / "unfinished.npy", out)
   (job.partial / "unfinished.npy").replace(file)
   return out

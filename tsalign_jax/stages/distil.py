@@ -1,9 +1,7 @@
 """distil: the student learns from the teacher's verdicts, mixed with pairs that it has seen before."""
 
 import shutil
-from collections.abc import Iterator, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,10 +10,9 @@ from tsalign_jax.data.files import read_preferences
 from tsalign_jax.data.tables import read_table
 from tsalign_jax.models.checkpoints import save_tree
 from tsalign_jax.models.loading import wide
-from tsalign_jax.parallel.mesh import put_batch
 from tsalign_jax.scoring.reward import build_reward_engine
 from tsalign_jax.stages.base import Counts, Job
-from tsalign_jax.training.distil import DistilBatch, build_loss
+from tsalign_jax.training.distil import build_loss, make_batches
 from tsalign_jax.training.optimizer import build_trainer
 from tsalign_jax.training.run import train, training_steps
 from tsalign_jax.types import PreferencePair
@@ -33,13 +30,6 @@ def distil(job: Job) -> Counts:
   pairs = [*new, *_replayed(job, len(new), settings)]
   items = [engine.encode(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
   steps = training_steps(len(items), settings)
-
-  def make_parts(indices: Sequence[int]) -> Iterator[DistilBatch]:
-    for part, batch in engine.microbatches(items, indices, settings.microbatch_tokens):
-      weight = np.zeros(len(jax.tree.leaves(batch)[0]), np.float32)
-      weight[: len(part)] = 1 / len(indices)
-      yield put_batch(DistilBatch(batch, weight), job.mesh)
-
   with job.progress(steps, "steps") as advance:
     trained = train(
       build_trainer(build_loss(engine, settings), settings, steps, model.skeleton, job.mesh),
@@ -47,7 +37,7 @@ def distil(job: Job) -> Counts:
       model.skeleton.abstract(job.mesh, jnp.float32),
       lambda: wide(job.load(model, job.reads["student"])),
       {},
-      make_parts,
+      lambda step: make_batches(engine, items, step, settings.microbatch_tokens),
       pairs=len(items),
       seed=job.seed,
       folder=job.partial,

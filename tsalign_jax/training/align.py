@@ -1,14 +1,17 @@
 """The policy's programs: log-probabilities of branches, and the DPO loss over them."""
 
 import functools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from tsalign_jax.config import Align
+from tsalign_jax.data.packing import Packing
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.heads import LanguageModel
 from tsalign_jax.models.loading import ModelHandle
@@ -16,7 +19,7 @@ from tsalign_jax.models.lora import adapted_skeleton
 from tsalign_jax.objectives import dpo
 from tsalign_jax.ops.attention import PackedRows
 from tsalign_jax.ops.logprobs import token_logprobs
-from tsalign_jax.parallel.mesh import constrain_batch
+from tsalign_jax.parallel.mesh import constrain_batch, put_batch
 from tsalign_jax.training.optimizer import ROUND_ALIKE
 from tsalign_jax.types import Packed
 
@@ -40,7 +43,7 @@ def branch_logps(
   with jax.named_scope("token_logprobs"):
     logps = token_logprobs(
       predicting.reshape(-1, hidden.shape[-1]),
-      language_model.head(model.dtype),
+      language_model.head(),
       batch.target.reshape(-1),
       softcap=model.config.logit_softcap,
       unroll=model.layout == "unrolled",
@@ -60,6 +63,31 @@ def build_reference(model: ModelHandle, mesh: Mesh):
     return branch_logps(model.skeleton.bind(params), batch, model, mesh)
 
   return program
+
+
+def known_logps(
+  program, params: Params, packing: Packing, steps: Iterable[Sequence[int]], mesh: Mesh
+) -> Float[np.ndarray, "items k"]:
+  """Log-probabilities of all items by a program of `build_reference`, packed as the steps of training will pack them.
+
+  Steps after the first pass over the items are not looked at.
+  """
+  out = np.full((len(packing.items), packing.layout.k), np.nan, np.float32)
+  for step in steps:
+    for packed, place in packing.batches(step):
+      logps = np.asarray(program(params, put_batch(packed, mesh)))
+      new = (place >= 0) & np.isnan(out[place]).any(-1)
+      out[place[new]] = logps[new]
+    if not np.isnan(out).any():
+      break
+  return out
+
+
+def make_batches(packing: Packing, step: Sequence[int], reference: np.ndarray, mesh: Mesh) -> Iterator[AlignBatch]:
+  """The microbatches of a step over these pairs, on the device."""
+  for packed, place in packing.batches(step):
+    weight = np.where(place >= 0, np.float32(1 / len(step)), np.float32(0))
+    yield put_batch(AlignBatch(packed, reference[place], weight), mesh)
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,15 +1,19 @@
 """The student's loss: rank a pair as the teacher did."""
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from tsalign_jax.config import Distil
 from tsalign_jax.models.functional import Params
 from tsalign_jax.objectives import ranking
-from tsalign_jax.scoring.reward import RewardEngine
+from tsalign_jax.parallel.mesh import put_batch
+from tsalign_jax.scoring.reward import Encoded, RewardEngine
 
 
 class DistilBatch(NamedTuple):
@@ -17,6 +21,16 @@ class DistilBatch(NamedTuple):
 
   pairs: Any
   weight: Float[Array, " batch"]
+
+
+def make_batches(
+  engine: RewardEngine, items: Sequence[Encoded], step: Sequence[int], tokens: int
+) -> Iterator[DistilBatch]:
+  """The microbatches of a step over these pairs, on the device, of about so many tokens each."""
+  for part, batch in engine.microbatches(items, step, tokens):
+    weight = np.zeros(len(jax.tree.leaves(batch)[0]), np.float32)
+    weight[: len(part)] = 1 / len(step)
+    yield put_batch(DistilBatch(batch, weight), engine.mesh)
 
 
 @functools.lru_cache(maxsize=8)

@@ -86,12 +86,9 @@ def fetch(metrics: Sequence[Mapping[str, Array]]) -> dict[str, float]:
 
 @functools.lru_cache(maxsize=16)
 def build_trainer(loss: LossFn, settings: Optimizer, steps: int, skeleton: Skeleton, mesh: Mesh) -> Trainer:
-  """The trainer of a loss; programs are compiled once for each shape of microbatch."""
+  """The trainer of a loss; gradients are compiled once for each shape of microbatch, whatever the number of steps."""
   optimizer = make_optimizer(settings, steps)
-  placed = skeleton.shardings(mesh)
-
-  def place(params: Params) -> dict[str, jax.Array]:
-    return {name: jax.lax.with_sharding_constraint(array, placed[name]) for name, array in params.items()}
+  place, placed = functools.partial(_place, skeleton, mesh), skeleton.shardings(mesh)
 
   def state_shardings(trainable: Params):
     shapes = jax.eval_shape(optimizer.init, dict(trainable))
@@ -111,6 +108,21 @@ def build_trainer(loss: LossFn, settings: Optimizer, steps: int, skeleton: Skele
       state_shardings(trainable),
     )
 
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def update(trainable, opt_state, gradients):
+    norm = optax.tree.norm(gradients)
+    updates, opt_state = optimizer.update(gradients, opt_state, trainable)
+    opt_state = jax.lax.with_sharding_constraint(opt_state, state_shardings(trainable))
+    return place(optax.apply_updates(trainable, updates)), opt_state, norm
+
+  return Trainer(*_build_gradients(loss, skeleton, mesh), update, init, abstract_state, make_schedule(settings, steps))
+
+
+@functools.lru_cache(maxsize=16)
+def _build_gradients(loss: LossFn, skeleton: Skeleton, mesh: Mesh) -> tuple[Callable, Callable]:
+  """`zeros` and `accumulate` of a trainer."""
+  place = functools.partial(_place, skeleton, mesh)
+
   @jax.jit
   def zeros(trainable: Params):
     return place(jax.tree.map(jnp.zeros_like, dict(trainable)))
@@ -120,11 +132,9 @@ def build_trainer(loss: LossFn, settings: Optimizer, steps: int, skeleton: Skele
     (_, metrics), new = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, microbatch)
     return jax.tree.map(jnp.add, gradients, place(new)), dict(metrics)
 
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def update(trainable, opt_state, gradients):
-    norm = optax.tree.norm(gradients)
-    updates, opt_state = optimizer.update(gradients, opt_state, trainable)
-    opt_state = jax.lax.with_sharding_constraint(opt_state, state_shardings(trainable))
-    return place(optax.apply_updates(trainable, updates)), opt_state, norm
+  return zeros, accumulate
 
-  return Trainer(zeros, accumulate, update, init, abstract_state, make_schedule(settings, steps))
+
+def _place(skeleton: Skeleton, mesh: Mesh, params: Params) -> dict[str, jax.Array]:
+  placed = skeleton.shardings(mesh)
+  return {name: jax.lax.with_sharding_constraint(array, placed[name]) for name, array in params.items()}

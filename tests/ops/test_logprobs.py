@@ -1,0 +1,57 @@
+"""Log-probabilities in chunks, against the dense ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+from tsalign_jax.ops.logprobs import token_logprobs
+
+
+def dense(hidden, head, targets, softcap):
+  logits = hidden @ head
+  logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+  return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)[:, 0]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+  tokens=some.integers(1, 40),
+  chunk=some.integers(1, 50),
+  vocab=some.integers(2, 30),
+  softcap=some.none() | some.floats(1, 20),
+  unroll=some.booleans(),
+  seed=some.integers(0, 1000),
+)
+def test_chunked_equals_dense_with_its_gradients(tokens, chunk, vocab, softcap, unroll, seed):
+  random = np.random.default_rng(seed)
+  shapes = (tokens, 6), (6, vocab), (tokens,)
+  hidden, head, weights = (random.normal(size=shape).astype(np.float32) for shape in shapes)
+  targets = random.integers(0, vocab, tokens)
+
+  def chunked(hidden, head):
+    return token_logprobs(hidden, head, targets, softcap=softcap, chunk=chunk, unroll=unroll)
+
+  ours, pull = jax.vjp(chunked, hidden, head)
+  expected, pull_dense = jax.vjp(lambda hidden, head: dense(hidden, head, targets, softcap), hidden, head)
+  np.testing.assert_allclose(ours, expected, atol=1e-5)
+  for gradient, other in zip(pull(weights), pull_dense(weights), strict=True):
+    np.testing.assert_allclose(gradient, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_no_array_of_all_tokens_by_vocabulary(unroll):
+  tokens, embed, vocab = 2048, 16, 8192
+  shapes = (tokens, embed), (embed, vocab)
+  hidden, head = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+  targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+
+  def loss(hidden, head, targets):
+    return token_logprobs(hidden, head, targets, unroll=unroll).sum()
+
+  program = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, head, targets).compile()
+  assert f"[{tokens},{vocab}]" not in program.as_text()
+  if not unroll:
+    assert program.memory_analysis().temp_size_in_bytes < tokens * vocab * 4 / 2

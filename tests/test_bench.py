@@ -1,0 +1,54 @@
+"""`tsalign bench`: every phase is timed, and work is counted as it is."""
+
+import pytest
+import tiny
+from ragged import packed_rows
+
+from tsalign_jax import bench
+from tsalign_jax.config import Policy, load_config
+from tsalign_jax.data.packing import Item
+from tsalign_jax.models.loading import language_model
+from tsalign_jax.training.align import build_reference
+
+
+@pytest.mark.parametrize("overrides", [[], ["mesh.fsdp=4", "mesh.tensor=2", "align.lora.rank=2"]])
+def test_every_phase_has_a_speed_and_nothing_is_written(overrides, tmp_path):
+  config = load_config(tiny.run_config(tmp_path), overrides)
+  machine, *phases = bench.bench(config, prompts=3, runs=1)
+  assert machine.flops > 1e8 and machine.bandwidth > 1e8
+  counts = {phase.name: (phase.count, phase.unit) for phase in phases}
+  k = config.sampling.responses
+  assert list(counts) == ["sample", "reference", "align", "score", "distil"]
+  assert counts["score"] == (3 * k, "responses") and counts["align"] == counts["distil"] == (3, "pairs")
+  assert 3 * k <= counts["sample"][0] <= 3 * k * config.sampling.max_new_tokens
+  assert all(phase.seconds > 0 and phase.flops > 0 for phase in phases)
+  assert bench.table(machine, phases).row_count == 5
+  assert not config.run.exists()
+
+
+def test_operations_are_those_of_the_compiled_forward_pass(tmp_path, one_device):
+  tiny.decoder("llama", tmp_path)
+  model = language_model(Policy(path=tmp_path, dtype="float32", layout="unrolled"))
+  item = Item([5] * 128, ([6] * 96, [7] * 32))  # fills a row of 256 tokens
+  batch, _ = packed_rows([item])
+  params = model.load(one_device)
+  counted = build_reference(model, one_device).lower(params, batch).compile().cost_analysis()["flops"]
+  # XLA counts element by element work as well, and attention over the whole row.
+  assert 0.5 < bench._flops(model, [item]) / counted < 1
+
+
+def test_decoding_reads_weights_at_each_step_and_keys_once(tmp_path):
+  tiny.decoder("llama", tmp_path)
+  model = language_model(Policy(path=tmp_path, dtype="bfloat16"))
+  item = Item([5] * 10, ([6] * 8, [7] * 4))
+  weights = 2 * (bench._weights(model) + model.config.vocab * model.config.embed)
+  keys = 2 * 2 * model.config.layers * model.config.kv_heads * model.config.head_dim
+  assert bench._decoded_bytes(model, [item], 2) == 6 * weights + (10 * 8 + 8**2 / 2 + 4**2 / 2) * keys
+
+
+def test_weights_are_the_matrices_without_the_vocabulary(tmp_path, one_device):
+  tiny.decoder("mistral", tmp_path)
+  model = language_model(Policy(path=tmp_path))
+  params = model.load(one_device).items()
+  matrices = [array for name, array in params if name.endswith("kernel") and "lm_head" not in name]
+  assert bench._weights(model) == sum(array.size for array in matrices)

@@ -1,0 +1,270 @@
+"""How fast this machine runs a configuration's engines, and how near that is to what the machine can do.
+
+Speeds are of useful work only: padding, empty slots and recomputation are not counted, so all of them show as a
+smaller share of the machine's own best. Programs are compiled before they are timed.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from rich import box
+from rich.table import Table
+
+from tsalign_jax.config import Config
+from tsalign_jax.data.chat import Chat
+from tsalign_jax.data.files import read_prompts
+from tsalign_jax.data.packing import Item, Packing
+from tsalign_jax.models.config import DecoderConfig
+from tsalign_jax.models.loading import ModelHandle, language_model, reward_model, wide
+from tsalign_jax.models.lora import adapted_skeleton, is_adapter
+from tsalign_jax.ops.einsum import wide_matmul
+from tsalign_jax.parallel.mesh import batch_ways, make_mesh
+from tsalign_jax.sampling.engine import build_sampler
+from tsalign_jax.scoring.reward import Encoded, build_reward_engine
+from tsalign_jax.training import align, distil
+from tsalign_jax.training.optimizer import build_trainer
+from tsalign_jax.types import Conversation, UserError
+
+MATRIX = {"cpu": 2048, "default": 8192}  # rows and columns of the product that measures the peak
+COPIED = {"cpu": 1 << 26, "default": 1 << 28}  # numbers of the copy that measures the bandwidth, on each device
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+  """What all devices of a mesh do together, measured: operations a second in matrix products, and bytes a second."""
+
+  devices: str
+  flops: float
+  bandwidth: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """One engine's work, in its unit, floating-point operations and, where it is bound by them, bytes; and its time."""
+
+  name: str
+  unit: str
+  count: int
+  flops: float
+  moved: float | None
+  seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+  """Prompts with their responses, as messages and text and as the policy's tokens."""
+
+  prompts: list[Conversation]
+  texts: list[list[str]]
+  items: list[Item]
+
+
+def bench(config: Config, prompts: int, runs: int) -> Iterator[Machine | Phase]:
+  """The machine, then each phase as it has been timed: the median of `runs`, on the first training prompts.
+
+  Raises UserError for what a run would refuse as well.
+  """
+  mesh = make_mesh(**config.mesh.model_dump())
+  conversations = [prompt.messages for prompt in read_prompts(config.prompts.train)]
+  policy, student = language_model(config.policy), reward_model(config.student)
+  chat = Chat.load(config.policy.path)
+  tokens = [chat.prompt_tokens(messages) for messages in conversations]
+  usable = [index for index, row in enumerate(tokens) if len(row) <= config.prompts.max_tokens][:prompts]
+  if not usable:
+    raise UserError(f"{config.prompts.train}: every prompt is longer than prompts.max_tokens")
+  yield measure(mesh, policy)
+  params = policy.load(mesh)
+  sampled, phase = _sample(config, policy, mesh, chat, params, [(conversations[i], tokens[i]) for i in usable], runs)
+  yield phase
+  yield from _align(config, policy, mesh, params, sampled, runs)
+  del params
+  yield from _student(config, student, mesh, sampled, runs)
+
+
+def measure(mesh: Mesh, model: ModelHandle) -> Machine:
+  """The best of a large matrix product in the model's dtype on every device, and of a large copy."""
+  device = mesh.devices.flat[0]
+  size = MATRIX.get(device.platform, MATRIX["default"])
+  length = COPIED.get(device.platform, COPIED["default"])
+  ways = mesh.devices.size
+
+  def on_each(*shape: int, dtype):
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+    return jax.jit(lambda: jnp.ones((ways, *shape), dtype), out_shardings=where)()
+
+  matrix, numbers = on_each(size, size, dtype=model.dtype), on_each(length, dtype=jnp.float32)
+  multiply, copy = jax.jit(wide_matmul), jax.jit(lambda numbers: numbers + 1)
+  product = min(_times(lambda: multiply(matrix, matrix), 5))
+  copied = min(_times(lambda: copy(numbers), 5))
+  kind = f"{ways} x {device.device_kind}" if ways > 1 else device.device_kind
+  return Machine(kind, ways * 2 * size**3 / product, ways * 2 * length * 4 / copied)
+
+
+def table(machine: Machine, phases: Sequence[Phase]) -> Table:
+  """Phases with their speed, and the share of the machine's best that it is."""
+  out = Table(box=box.SIMPLE_HEAD, caption_justify="left", caption=_legend(machine))
+  for heading in ("", "work", "seconds", "speed", "TFLOP/s", "of peak", "GB/s", "of bandwidth"):
+    out.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+  for phase in phases:
+    flops, moved = phase.flops / phase.seconds, phase.moved and phase.moved / phase.seconds
+    speed = phase.count / phase.seconds
+    work = [f"{phase.count:,} {phase.unit}", f"{phase.seconds:.2f}", f"{speed:,.{0 if speed >= 100 else 1}f}/s"]
+    matrix = [f"{flops / 1e12:.3g}", f"{flops / machine.flops:.0%}"]
+    memory = [f"{moved / 1e9:.3g}", f"{moved / machine.bandwidth:.0%}"] if moved else ["", ""]
+    out.add_row(phase.name, *work, *matrix, *memory)
+  return out
+
+
+def _legend(machine: Machine) -> str:
+  return (
+    f"{machine.devices}: {machine.flops / 1e12:.3g} TFLOP/s in a large matrix product, "
+    f"{machine.bandwidth / 1e9:.3g} GB/s in a large copy, both measured here."
+  )
+
+
+def _sample(config: Config, model: ModelHandle, mesh: Mesh, chat: Chat, params, prompts, runs: int):
+  """What was sampled, and how fast."""
+  sampler = build_sampler(model, mesh, config.sampling, chat.stop_tokens)
+  tokens = [tokens for _, tokens in prompts]
+
+  def sample():
+    harvests = sampler.run(params, list(enumerate(tokens)), jax.random.key(config.seed))
+    return dict(answer for harvest in harvests for answer in harvest)
+
+  answers = sample()
+  seconds = median(_times(sample, runs))
+  items = [Item(row, [list(answer.tokens) for answer in answers[index]]) for index, row in enumerate(tokens)]
+  texts = [[chat.text(tokens) for tokens in item.responses] for item in items]
+  new = sum(item.targets for item in items)
+  flops, moved = _flops(model, items), _decoded_bytes(model, items, sampler.slots * _lanes(config))
+  phase = Phase("sample", "tokens", new, flops, moved, seconds)
+  return Sampled([messages for messages, _ in prompts], texts, items), phase
+
+
+def _lanes(config: Config) -> int:
+  return min(config.sampling.lanes or config.sampling.responses, config.sampling.responses)
+
+
+def _align(config: Config, model: ModelHandle, mesh: Mesh, params, sampled: Sampled, runs: int) -> Iterator[Phase]:
+  """Reference log-probabilities and DPO steps over the first two responses to each prompt."""
+  settings = config.align
+  pairs = [Item(item.prompt, item.responses[:2]) for item in sampled.items]
+  packing = Packing(pairs, min(settings.batch_size, len(pairs)), settings.microbatch_tokens, batch_ways(mesh))
+  steps = _steps(len(pairs), settings.batch_size)
+  program = align.build_reference(model, mesh)
+
+  def known() -> np.ndarray:
+    return align.known_logps(program, params, packing, steps, mesh)
+
+  logps = known()
+  yield Phase("reference", "pairs", len(pairs), _flops(model, pairs), None, median(_times(known, runs)))
+
+  skeleton = adapted_skeleton(model, settings.lora) if settings.lora else model.skeleton
+  trainer = build_trainer(align.build_loss(model, mesh, settings), settings, len(steps), skeleton, mesh)
+  if settings.lora:
+    trainable = skeleton.init(jax.random.key(0), {name for name in skeleton.specs if is_adapter(name)})
+    placed = skeleton.shardings(mesh)
+    trainable, frozen = {name: jax.device_put(array, placed[name]) for name, array in trainable.items()}, params
+  else:
+    trainable, frozen = wide(params), {}
+  state = [trainable, trainer.init(trainable)]
+
+  def epoch():
+    for step in steps:
+      *state[:], metrics = trainer.step(state[0], frozen, state[1], align.make_batches(packing, step, logps, mesh))
+    return metrics
+
+  backward = 2 if settings.lora else 3  # of frozen weights no gradient is computed
+  yield Phase("align", "pairs", len(pairs), backward * _flops(model, pairs), None, median(_times(epoch, runs)))
+
+
+def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, runs: int) -> Iterator[Phase]:
+  """Scoring of all responses, and steps over the first two to each prompt."""
+  engine, settings = build_reward_engine(model, mesh, config.student), config.distil
+  params = model.load(mesh, head_key=jax.random.key(config.seed))
+  items = [engine.encode(*each) for each in zip(sampled.prompts, sampled.texts, strict=True)]
+  seconds = median(_times(lambda: list(engine.score(params, items)), runs))
+  responses = sum(len(item.responses) for item in items)
+  yield Phase("score", "responses", responses, _flops(model, _as_items(items)), None, seconds)
+
+  pairs = [engine.encode(prompt, texts[:2]) for prompt, texts in zip(sampled.prompts, sampled.texts, strict=True)]
+  steps = _steps(len(pairs), settings.batch_size)
+  trainer = build_trainer(distil.build_loss(engine, settings), settings, len(steps), model.skeleton, mesh)
+  state = [wide(params), trainer.init(wide(params))]
+
+  def epoch():
+    for step in steps:
+      parts = distil.make_batches(engine, pairs, step, settings.microbatch_tokens)
+      *state[:], metrics = trainer.step(state[0], {}, state[1], parts)
+    return metrics
+
+  flops = 3 * _flops(model, _as_items(pairs))
+  yield Phase("distil", "pairs", len(pairs), flops, None, median(_times(epoch, runs)))
+
+
+def _steps(pairs: int, size: int) -> list[range]:
+  """Pairs in their order, a batch a step."""
+  return [range(start, min(start + size, pairs)) for start in range(0, pairs, size)]
+
+
+def _as_items(items: Sequence[Encoded]) -> list[Item]:
+  return [Item(item.prompt, item.responses) for item in items]
+
+
+def _times(call: Callable[[], object], runs: int) -> list[float]:
+  """Seconds of each of some runs."""
+  jax.block_until_ready(call())
+  out = []
+  for _ in range(runs):
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    out.append(time.perf_counter() - start)
+  return out
+
+
+def _flops(model: ModelHandle, items: Sequence[Item]) -> float:
+  """Operations that a forward pass needs: two for each weight and token, and what attention adds (PaLM, appendix B).
+
+  Each prompt counts once and sees itself; each response sees its prompt and itself. Only response tokens pay the
+  vocabulary projection.
+  """
+  config, body = model.config, _weights(model)
+  heads = config.heads * config.head_dim if isinstance(config, DecoderConfig) else config.embed
+  causal = 2 if isinstance(config, DecoderConfig) else 1
+  total = 0.0
+  for item in items:
+    prompt, lengths = len(item.prompt), [len(row) for row in item.responses]
+    seen = prompt**2 / causal + sum(length * prompt + length**2 / causal for length in lengths)
+    total += 2 * body * item.tokens + 4 * config.layers * heads * seen
+    if isinstance(config, DecoderConfig) and not config.reward_head:
+      total += 2 * config.vocab * config.embed * item.targets
+  return total
+
+
+def _weights(model: ModelHandle) -> int:
+  """Weights of matrix products, without the vocabulary projection."""
+  specs = model.skeleton.specs
+  return sum(math.prod(spec.shape) for name, spec in specs.items() if spec.inputs and "lm_head" not in name)
+
+
+def _decoded_bytes(model: ModelHandle, items: Sequence[Item], lanes: int) -> float:
+  """Bytes that decoding has to read: all weights at each step of full lanes, and the keys and values of what is seen.
+
+  A prompt's own are read once for all of its responses that grow together.
+  """
+  config, width = model.config, model.dtype.itemsize
+  weights = (_weights(model) + config.vocab * config.embed) * width
+  steps = sum(item.targets for item in items) / min(lanes, sum(len(item.responses) for item in items))
+  of_token = 2 * config.layers * config.kv_heads * config.head_dim * width
+  seen = sum(
+    len(item.prompt) * max(map(len, item.responses)) + sum(len(row) ** 2 / 2 for row in item.responses)
+    for item in items
+  )
+  return steps * weights + seen * of_token
