@@ -63,7 +63,7 @@ def bench(
   """Time every engine with a configuration's models, prompts and settings on this machine; nothing is written.
 
   Sampling, scoring and training are shown in tokens, responses and pairs a second, and as shares of what the machine
-  does in a large matrix product and in a large copy.
+  does in a large matrix product and in a large sum in place.
   """
   from tsalign_jax.bench import bench as measure
   from tsalign_jax.bench import table
