@@ -97,7 +97,7 @@ class PreferencePair(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Branches:
-  """Prompts with K responses each: the batch layout of sampling, scoring and training.
+  """Prompts with K responses each: the batch layout of sampling and scoring.
 
   The trunk holds prompt tokens, left-padded, so that it ends where its branches begin; a branch holds the tokens
   of one response, right-padded. Positions of a branch continue those of its trunk:
@@ -127,7 +127,7 @@ class Branches:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-  """Rows of prompts with K responses each, one after the other: the batch layout of scoring and training.
+  """Rows of prompts with K responses each, one after the other: what the policy is trained on.
 
       tokens     7 8 9 4 5 6 4 2   3 3 5 1 _ _     a trunk of 3 with branches of 3 and 2; one of 2 with two of 1
       item       1 1 1 1 1 1 1 1   2 2 2 2 0 0     0: nothing
@@ -148,7 +148,6 @@ class Packed:
   target: Int[np.ndarray | jax.Array, "rows targets"]
   predictor: Int[np.ndarray | jax.Array, "rows targets"]
   owner: Int[np.ndarray | jax.Array, "rows targets"]
-  last: Int[np.ndarray | jax.Array, "rows items k"]  # the column of each branch's last token
   length: Int[np.ndarray | jax.Array, "rows items k"]  # tokens of each branch
 
 

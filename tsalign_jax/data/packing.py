@@ -1,8 +1,8 @@
-"""Prompts with their responses laid into rows of one length: the batches of scoring and training.
+"""Prompts with their responses laid into rows of one length: the batches that the policy is trained on.
 
 Lengths differ much, in two directions: prompts, and responses. Rows that are filled up with whole items waste a few
-tokens in a hundred, where padding each prompt and each response to one width would waste most of them; and all batches
-of a stage have one shape, so they are one compilation.
+tokens in a hundred, where padding each prompt and each response to one width would waste most of them; and all rows of
+a stage have one layout, so few programs are compiled.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -120,7 +120,6 @@ def _place(packed: Packed, row: int, column: int, target: int, number: int, item
       packed.target[row, target:stop] = tokens
       packed.predictor[row, target:stop] = [start + trunk - 1, *range(column, end - 1)][: len(tokens)]
       packed.owner[row, target:stop] = number * packed.length.shape[2] + branch - 1
-      packed.last[row, number, branch - 1] = end - 1 if tokens else start + trunk - 1
       packed.length[row, number, branch - 1] = len(tokens)
       target = stop
     column = end
@@ -140,6 +139,5 @@ def _blank(rows: int, layout: Layout) -> Packed:
     target=zeros(layout.targets),
     predictor=zeros(layout.targets),
     owner=owner,
-    last=zeros(layout.items, layout.k),
     length=zeros(layout.items, layout.k),
   )
