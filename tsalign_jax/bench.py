@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from tsalign_jax.data.files import read_prompts
 from tsalign_jax.data.packing import Item, Packing
 from tsalign_jax.models.config import DecoderConfig
 from tsalign_jax.models.loading import ModelHandle, language_model, reward_model, wide
-from tsalign_jax.models.lora import adapted_skeleton, is_adapter
+from tsalign_jax.models.lora import adapted_skeleton, fresh_adapters
 from tsalign_jax.ops.einsum import wide_matmul
 from tsalign_jax.parallel.mesh import batch_ways, make_mesh
 from tsalign_jax.sampling.engine import build_sampler
@@ -109,9 +110,9 @@ def measure(mesh: Mesh, model: ModelHandle) -> Machine:
   def add_often():
     for _ in range(REPEATS):
       numbers[0] = add(numbers[0])
-    return numbers
+    return numbers[0]
 
-  product, copied = (min(_times(often, 5)) / REPEATS for often in (multiply_often, add_often))
+  product, copied = (_timed(often, 5, min)[1] / REPEATS for often in (multiply_often, add_often))
   kind = f"{ways} x {device.device_kind}" if ways > 1 else device.device_kind
   return Machine(kind, ways * 2 * size**3 / product, ways * 2 * length * 4 / copied)
 
@@ -149,18 +150,13 @@ def _sample(config: Config, model: ModelHandle, mesh: Mesh, chat: Chat, params, 
     harvests = sampler.run(params, list(enumerate(tokens)), jax.random.key(config.seed))
     return dict(answer for harvest in harvests for answer in harvest)
 
-  answers = sample()
-  seconds = median(_times(sample, runs))
+  answers, seconds = _timed(sample, runs)
   items = [Item(row, [list(answer.tokens) for answer in answers[index]]) for index, row in enumerate(tokens)]
   texts = [[chat.text(tokens) for tokens in item.responses] for item in items]
   new = sum(item.targets for item in items)
-  flops, moved = _flops(model, items), _decoded_bytes(model, items, sampler.slots * _lanes(config))
+  flops, moved = _flops(model, items), _decoded_bytes(model, items, sampler.slots * sampler.lanes)
   phase = Phase("sample", "tokens", new, flops, moved, seconds)
   return Sampled([messages for messages, _ in prompts], texts, items), phase
-
-
-def _lanes(config: Config) -> int:
-  return min(config.sampling.lanes or config.sampling.responses, config.sampling.responses)
 
 
 def _align(config: Config, model: ModelHandle, mesh: Mesh, params, sampled: Sampled, runs: int) -> Iterator[Phase]:
@@ -174,15 +170,13 @@ def _align(config: Config, model: ModelHandle, mesh: Mesh, params, sampled: Samp
   def known() -> np.ndarray:
     return align.known_logps(program, params, packing, steps, mesh)
 
-  logps = known()
-  yield Phase("reference", "pairs", len(pairs), _flops(model, pairs), None, median(_times(known, runs)))
+  logps, seconds = _timed(known, runs)
+  yield Phase("reference", "pairs", len(pairs), _flops(model, pairs), None, seconds)
 
-  skeleton = adapted_skeleton(model, settings.lora) if settings.lora else model.skeleton
+  skeleton = adapted_skeleton(model, settings.lora)
   trainer = build_trainer(align.build_loss(model, mesh, settings), settings, len(steps), skeleton, mesh)
   if settings.lora:
-    trainable = skeleton.init(jax.random.key(0), {name for name in skeleton.specs if is_adapter(name)})
-    placed = skeleton.shardings(mesh)
-    trainable, frozen = {name: jax.device_put(array, placed[name]) for name, array in trainable.items()}, params
+    trainable, frozen = fresh_adapters(skeleton, jax.random.key(0), mesh), params
   else:
     trainable, frozen = wide(params), {}
   state = [trainable, trainer.init(trainable)]
@@ -193,7 +187,8 @@ def _align(config: Config, model: ModelHandle, mesh: Mesh, params, sampled: Samp
     return metrics
 
   backward = 2 if settings.lora else 3  # of frozen weights no gradient is computed
-  yield Phase("align", "pairs", len(pairs), backward * _flops(model, pairs), None, median(_times(epoch, runs)))
+  _, seconds = _timed(epoch, runs)
+  yield Phase("align", "pairs", len(pairs), backward * _flops(model, pairs), None, seconds)
 
 
 def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, runs: int) -> Iterator[Phase]:
@@ -201,14 +196,15 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
   engine, settings = build_reward_engine(model, mesh, config.student), config.distil
   params = model.load(mesh, head_key=jax.random.key(config.seed))
   items = [engine.encode(*each) for each in zip(sampled.prompts, sampled.texts, strict=True)]
-  seconds = median(_times(lambda: list(engine.score(params, items)), runs))
+  _, seconds = _timed(lambda: list(engine.score(params, items)), runs)
   responses = sum(len(item.responses) for item in items)
   yield Phase("score", "responses", responses, _flops(model, _as_items(items)), None, seconds)
 
   pairs = [engine.encode(prompt, texts[:2]) for prompt, texts in zip(sampled.prompts, sampled.texts, strict=True)]
   steps = _steps(len(pairs), settings.batch_size)
   trainer = build_trainer(distil.build_loss(engine, settings), settings, len(steps), model.skeleton, mesh)
-  state = [wide(params), trainer.init(wide(params))]
+  trainable = wide(params)
+  state = [trainable, trainer.init(trainable)]
 
   def epoch():
     for step in steps:
@@ -216,8 +212,8 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
       *state[:], metrics = trainer.step(state[0], {}, state[1], parts)
     return metrics
 
-  flops = 3 * _flops(model, _as_items(pairs))
-  yield Phase("distil", "pairs", len(pairs), flops, None, median(_times(epoch, runs)))
+  _, seconds = _timed(epoch, runs)
+  yield Phase("distil", "pairs", len(pairs), 3 * _flops(model, _as_items(pairs)), None, seconds)
 
 
 def _steps(pairs: int, size: int) -> list[range]:
@@ -229,15 +225,14 @@ def _as_items(items: Sequence[Encoded]) -> list[Item]:
   return [Item(item.prompt, item.responses) for item in items]
 
 
-def _times(call: Callable[[], object], runs: int) -> list[float]:
-  """Seconds of each of some runs."""
-  jax.block_until_ready(call())
-  out = []
+def _timed(call: Callable[[], Any], runs: int, of: Callable[[list[float]], float] = median) -> tuple[Any, float]:
+  """The result of the first call, which compiles, and the seconds of one: the median of some more, or `of` them."""
+  result, out = jax.block_until_ready(call()), []
   for _ in range(runs):
     start = time.perf_counter()
     jax.block_until_ready(call())
     out.append(time.perf_counter() - start)
-  return out
+  return result, of(out)
 
 
 def _flops(model: ModelHandle, items: Sequence[Item]) -> float:

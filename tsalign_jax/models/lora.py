@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from tsalign_jax.config import LoRA
 from tsalign_jax.models.functional import Params, Skeleton
@@ -43,6 +44,13 @@ def _adapt(linear: Linear, lora: LoRA, rngs: nnx.Rngs) -> None:
 def is_adapter(name: str) -> bool:
   """Whether a parameter belongs to an adapter."""
   return name.endswith((".lora_a", ".lora_b"))
+
+
+def fresh_adapters(skeleton: Skeleton, key: jax.Array, mesh: Mesh) -> dict[str, jax.Array]:
+  """New adapters on the mesh; with them the model is what it was without."""
+  fresh = skeleton.init(key, {name for name in skeleton.specs if is_adapter(name)})
+  placed = skeleton.shardings(mesh)
+  return {name: jax.device_put(array, placed[name]) for name, array in fresh.items()}
 
 
 def merge(params: Params, lora: LoRA) -> dict[str, jax.Array]:

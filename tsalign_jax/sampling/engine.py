@@ -103,6 +103,7 @@ class Sampler:
   admit: Callable[..., Slots]  # (params, slots, trunks, prompt ids, source of each slot) -> slots; donates the slots
   decode: Callable[..., tuple[Slots, Array]]  # (params, slots, released, wanted, key) -> slots, which are complete
   slots: int
+  lanes: int  # of each slot
   admitted: int  # prompts that move in at once
   mesh: Mesh
 
@@ -169,6 +170,7 @@ def build_sampler(model: ModelHandle, mesh: Mesh, sampling: Sampling, stop_token
     jax.jit(programs.admit, donate_argnums=1),
     jax.jit(programs.decode, donate_argnums=1),
     slots,
+    programs.lanes,
     min(slots, round_up(max(1, sampling.batch_prompts // 8), batch_ways(mesh))),
     mesh,
   )

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -11,7 +10,7 @@ from tsalign_jax.data.packing import Item, Packing
 from tsalign_jax.data.tables import read_table
 from tsalign_jax.models.checkpoints import save_tree
 from tsalign_jax.models.loading import ModelHandle, wide
-from tsalign_jax.models.lora import adapted_skeleton, is_adapter, merge
+from tsalign_jax.models.lora import adapted_skeleton, fresh_adapters, is_adapter, merge
 from tsalign_jax.parallel.mesh import batch_ways
 from tsalign_jax.stages.base import Counts, Job
 from tsalign_jax.training.align import build_loss, build_reference, known_logps, make_batches
@@ -82,12 +81,7 @@ def _trained_part(job: Job, model: ModelHandle):
     return model.skeleton, list(model.skeleton.specs), lambda: wide(job.load(model, job.reads["policy"])), {}
   skeleton = adapted_skeleton(model, lora)
   names = [name for name in skeleton.specs if is_adapter(name)]
-
-  def load():
-    fresh, placed = skeleton.init(job.key, set(names)), skeleton.shardings(job.mesh)
-    return {name: jax.device_put(fresh[name], placed[name]) for name in names}
-
-  return skeleton, names, load, job.load(model, job.reads["policy"])
+  return skeleton, names, lambda: fresh_adapters(skeleton, job.key, job.mesh), job.load(model, job.reads["policy"])
 
 
 def _check_start(job: Job, drift: float, model: ModelHandle, items: Sequence[Item]) -> None:
