@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsalign_jax.config import Sampling
-from tsalign_jax.sampling.draw import draw, keep_min_p, keep_top_k, keep_top_p
+from tsalign_jax.sampling.draw import BLOCK, draw, keep_min_p, keep_top_k, keep_top_p
 
 probabilities = st.lists(st.floats(1e-6, 1.0), min_size=2, max_size=40).map(
   lambda values: np.asarray(values, np.float32) / np.float32(sum(values))
@@ -59,14 +59,17 @@ def exact(logits, sampling: Sampling) -> np.ndarray:
 
 
 @pytest.mark.parametrize("vocab", [5, 256, 700])
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 20, "min_p": 0.02}])
-def test_tokens_come_with_their_probabilities(vocab, options):
-  """Chi-square over 20,000 draws; blocks of the two-level sum are full, partial or single."""
+def test_tokens_come_with_their_probabilities(vocab, apart, options):
+  """Chi-square over 20,000 draws; blocks of the two-level sum are full, partial or single, in one part or several."""
   random = np.random.default_rng(0)
   logits = jnp.asarray(random.normal(0, 2, vocab), jnp.float32)
   sampling = Sampling(**options)
   keys = jax.random.split(jax.random.key(1), 20_000)
-  tokens, logprobs = jax.jit(jax.vmap(lambda key: draw(logits, key, sampling)))(keys)
+  rows = jnp.broadcast_to(logits, (len(keys), vocab))
+  split = [rows[:, start : start + BLOCK] for start in range(0, vocab, BLOCK)] if apart else [rows]
+  tokens, logprobs = jax.jit(lambda split: draw(split, keys, sampling))(split)
   np.testing.assert_allclose(logprobs, jax.nn.log_softmax(logits)[tokens], rtol=1e-5, atol=1e-5)
   probs = exact(logits, sampling)
   counts = np.bincount(tokens, minlength=vocab)
@@ -81,4 +84,4 @@ def test_tokens_come_with_their_probabilities(vocab, options):
 def test_a_certain_token_is_always_drawn():
   logits = jnp.full((64, 1000), -1e9).at[jnp.arange(64), jnp.arange(64) * 15].set(0.0)
   keys = jax.random.split(jax.random.key(2), 64)
-  assert (draw(logits, keys, Sampling())[0] == jnp.arange(64) * 15).all()
+  assert (draw([logits], keys, Sampling())[0] == jnp.arange(64) * 15).all()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tsalign_jax.config import Policy, Sampling
 from tsalign_jax.models.loading import language_model
+from tsalign_jax.sampling import cache
 from tsalign_jax.sampling.draw import draw
 from tsalign_jax.sampling.engine import branch_keys, build_sampler, prompt_widths
 from tsalign_jax.types import Finish
@@ -19,7 +20,7 @@ STOP = (2, 5)
 SAMPLING = Sampling(responses=3, max_new_tokens=12, batch_prompts=4, temperature=0.8, top_p=0.95)
 PROMPTS = [(7, [5, 6, 7]), (11, [9, 10, 11, 12, 13]), (13, [20]), (17, [30, 31]), (19, [40, 41, 42])]
 KEY = jax.random.key(0)
-one_token = jax.jit(lambda logits, key: draw(logits, key, SAMPLING)[0])
+one_token = jax.jit(lambda logits, key: draw([logits], key, SAMPLING)[0])
 
 
 @pytest.fixture(params=["unrolled", "stacked"])
@@ -39,12 +40,14 @@ def sample(model, mesh, prompts, sampling=SAMPLING, done=(), stop=STOP):
 @pytest.mark.parametrize("family", tiny.DECODERS)
 def test_sampling_equals_a_loop_over_the_whole_sequence(family, layout, tmp_path, one_device):
   peer = tiny.decoder(family, tmp_path)
-  ours = sample(handle(tmp_path, layout), one_device, PROMPTS[:2], SAMPLING.model_copy(update={"lanes": 2}))
+  limit = 3 * cache.PHASE
+  setting = SAMPLING.model_copy(update={"lanes": 2, "max_new_tokens": limit})
+  ours = sample(handle(tmp_path, layout), one_device, PROMPTS[:2], setting)
   for prompt_id, prompt in PROMPTS[:2]:
     keys = branch_keys(KEY, jnp.asarray([prompt_id]), jnp.arange(3)[None])[0]
     for key, response in zip(keys, ours[prompt_id], strict=True):
       tokens, logprob = list(prompt), 0.0
-      for step in range(SAMPLING.max_new_tokens):
+      for step in range(limit):
         logits = peer(torch.tensor([tokens])).logits[0, -1].detach()
         token = int(one_token(logits.numpy()[None], jax.random.fold_in(key, step)[None])[0])
         logprob += torch.log_softmax(logits, -1)[token].item()
@@ -54,6 +57,18 @@ def test_sampling_equals_a_loop_over_the_whole_sequence(family, layout, tmp_path
       assert response.tokens == tokens[len(prompt) :]
       assert response.logprob == pytest.approx(logprob, abs=1e-3)
       assert response.finish == (Finish.STOP if tokens[-1] in STOP else Finish.LENGTH)
+
+
+def test_segments_of_the_cache_do_not_matter(llama, one_device, monkeypatch):
+  """Branches of many phases come and go while their pages lie in one segment, or in four."""
+  setting = SAMPLING.model_copy(update={"max_new_tokens": 40, "batch_prompts": 2, "lanes": 2})
+  whole = sample(llama, one_device, PROMPTS, setting)
+  monkeypatch.setattr(cache, "SHORTEST", 8)
+  build_sampler.cache_clear()
+  assert len(build_sampler(llama, one_device, setting, STOP).empty(32).own) == 4
+  assert len({len(response.tokens) for row in whole.values() for response in row}) > 3
+  assert _close(sample(llama, one_device, PROMPTS, setting), whole)
+  build_sampler.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +134,9 @@ def test_different_branches_and_prompts_get_different_responses(llama, one_devic
 
 def test_prompts_share_widths_unless_there_are_enough_to_fill_the_slots():
   assert prompt_widths([10, 20, 40, 50, 100], slots=1) == {10: 32, 20: 32, 40: 64, 50: 64, 100: 128}
-  assert prompt_widths([10, 20, 40, 50, 100], slots=2) == {10: 32, 20: 32, 40: 64, 50: 64, 100: 128}
-  assert prompt_widths([10, 40, 50, 100], slots=2) == {10: 64, 40: 64, 50: 64, 100: 128}
+  assert prompt_widths([10, 20, 40, 50, 100], slots=2) == {10: 64, 20: 64, 40: 64, 50: 128, 100: 128}
+  assert prompt_widths([10, 40, 50, 100], slots=2) == {10: 64, 40: 64, 50: 128, 100: 128}
+  assert prompt_widths([10, 40, 40, 100, 110], slots=2) == {10: 64, 40: 64, 100: 128, 110: 128}
   assert set(prompt_widths([10, 40, 50, 100], slots=8).values()) == {128}
 
 

@@ -32,6 +32,7 @@ class Keys(NamedTuple):
   value: Float[Array, "batch *k kv_heads length head_dim"]
   position: Int[Array, "batch *k length"]
   valid: Bool[Array, "batch *k length"]
+  seen: Bool[Array, ""] | None = None  # where it is given and False, nothing is visible, and nothing is read
 
 
 def attend(
@@ -50,7 +51,7 @@ def attend(
   kv_heads = own[0].key.shape[2]
   grouped = query.reshape(batch, k, length, kv_heads, heads // kv_heads, head_dim)
   rows = jnp.swapaxes(grouped, 2, 3).reshape(batch, k, kv_heads, -1, head_dim)  # rows that meet the same keys
-  parts = [_meet(rows, keys.key, keys.value, _visible(position, keys, masking), masking) for keys in own]
+  parts = [_meet_if_seen(rows, position, keys, masking) for keys in own]
   if trunk is not None:
     # The trunk's keys are met by the queries of all its branches at once.
     visible = _visible(position, trunk, masking).reshape(batch, k * length, -1)
@@ -82,6 +83,17 @@ def _meet(rows, key, value, visible: Bool[Array, "*batch length key"], masking: 
   highest = jax.lax.stop_gradient(jnp.maximum(logits.max(-1), MASKED / 2))
   weights = jnp.exp(logits - highest[..., None])
   return _Met(wide_matmul(weights.astype(value.dtype), value), weights.sum(-1), highest)
+
+
+def _meet_if_seen(rows, position, keys: Keys, masking: Masking) -> _Met:
+  def meet(rows):
+    return _meet(rows, keys.key, keys.value, _visible(position, keys, masking), masking)
+
+  def nothing(rows):
+    total = jnp.zeros(rows.shape[:-1])
+    return _Met(jnp.zeros(rows.shape), total, total + MASKED / 2)
+
+  return meet(rows) if keys.seen is None else jax.lax.cond(keys.seen, meet, nothing, rows)
 
 
 def _join(a: _Met, b: _Met) -> _Met:
@@ -179,7 +191,7 @@ def lay_out(
 
 def attend_trunk(query: Float[Array, "batch prompt heads head_dim"], trunk: Keys, masking: Masking):
   """Causal self-attention of the trunk: one branch that has no trunk of its own."""
-  own = Keys(*(array[:, None] for array in trunk))
+  own = jax.tree.map(lambda array: array[:, None], trunk)
   return attend(query[:, None], own.position, [own], None, masking)[:, 0]
 
 

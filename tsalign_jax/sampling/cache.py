@@ -4,15 +4,20 @@ A cache is a tuple with one entry a layer (unrolled layers), or one pytree whose
 (stacked layers: the scan carries it whole, so that no step copies it).
 
 Branches differ in length, and to write one column of each would be a scatter, or a pass over the whole cache. So all
-branches begin at multiples of PHASE steps: the tokens of the current phase lie in the same columns of a small cache,
-`recent`, and move to their own columns in the large one, `own`, together at the end of the phase. So few columns
-cannot be the last axis, which TPUs fill up to 128; the keys of `recent` keep head_dim there.
+branches begin at multiples of PHASE steps, and the tokens of one step lie in the same column for all of them: first in
+a small cache, `recent`, then, from the end of the phase on, in a page of a large one, `own`. `born` says of each page
+which phase it holds; what a lane grew before its present branch is masked by that. A phase takes the first page that
+no branch needs any more, so the pages in use are near the beginning. Where `own` is in several segments, those of
+which no branch needs anything are not read. So few columns as a phase has cannot be the last axis, which TPUs fill up
+to 128; the keys of `recent` keep head_dim there.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -24,6 +29,8 @@ from tsalign_jax.parallel.mesh import constrain
 from tsalign_jax.types import Branches
 
 PHASE = 8  # tokens
+SEGMENTS = 4  # at most
+SHORTEST = 64  # tokens of a segment
 
 
 class KV(NamedTuple):
@@ -34,6 +41,7 @@ class KV(NamedTuple):
 
 
 Cache = tuple[KV, ...] | KV
+Own = tuple[Cache, ...]  # in segments
 
 
 def empty_cache(config: DecoderConfig, layout: Layout, lead: tuple[int, ...], length: int, dtype) -> Cache:
@@ -50,6 +58,18 @@ def empty_recent(config: DecoderConfig, layout: Layout, lead: tuple[int, ...], d
   """As `empty_cache`, for the tokens of one phase: keys lie as values do."""
   cache = empty_cache(config, layout, lead, PHASE, dtype)
   return jax.tree.map(lambda kv: KV(_turned(kv.key), kv.value), cache, is_leaf=lambda node: isinstance(node, KV))
+
+
+def empty_own(config: DecoderConfig, layout: Layout, lead: tuple[int, ...], length: int, dtype) -> Own:
+  """Room for `length` tokens of each branch, in segments where layers are unrolled: there it pays to read few."""
+  segments = max(1, min(SEGMENTS, length // SHORTEST)) if layout == "unrolled" else 1
+  columns = -(-length // (segments * PHASE)) * PHASE
+  return tuple(empty_cache(config, layout, lead, columns, dtype) for _ in range(segments))
+
+
+def pages(own: Own) -> int:
+  """How many phases there is room for."""
+  return sum(map(_columns, own)) // PHASE
 
 
 def read(cache: Cache, layer) -> KV:
@@ -97,69 +117,93 @@ class Prefill:
 class Decode:
   """Attention of one new token a lane to [the trunk it shares | its own earlier phases | this phase up to now].
 
-  `length` is how many tokens each lane's branch has, the new one included, and 0 where there is no new one. It is the
-  column of the new token, so the first column of a branch stays empty; where it is not 0, it is `offset` modulo PHASE.
-  The cache that is filled is `recent`.
+  `length` is how many tokens each lane's branch has, the new one included, and 0 where there is no new one; where it
+  is not 0, it is `clock` modulo PHASE, and `clock` counts the steps of all branches. The cache that is filled is
+  `recent`. No key is stored for the first step of a branch: it takes its token from the trunk.
   """
 
   def __init__(
     self,
     trunk: Cache,
-    own: Cache,
+    own: Own,
+    born: Int[Array, " pages"],
     trunk_length: Int[Array, " slots"],
     length: Int[Array, "slots lanes"],
-    offset: Int[Array, ""],
+    clock: Int[Array, ""],
   ):
-    self.trunk, self.own, self.offset = trunk, own, offset
+    self.trunk, self.own, self.offset = trunk, own, clock % PHASE
     before = jnp.arange(-_columns(trunk), 0) + trunk_length[:, None]
     self.trunk_position, self.trunk_mask = jnp.maximum(before, 0), before >= 0
     self.position = trunk_length[:, None] + length - 1
-    self.positions = _columns(trunk) + _columns(own)
-    phase = (length // PHASE * PHASE)[..., None]  # its first column
-    earlier = jnp.broadcast_to(jnp.arange(_columns(own)), (*length.shape, _columns(own)))
-    recent = phase + jnp.arange(PHASE)
-    first = trunk_length[:, None, None] - 1  # the position of column 0
-    self.own_position, self.own_mask = first + earlier, (earlier > 0) & (earlier < phase)
+    self.positions = _columns(trunk) + PHASE * pages(own)
+    begun = (length // PHASE * PHASE)[..., None]  # tokens that the branch had when this phase began
+    page = (born - clock // PHASE)[:, None] * PHASE + jnp.arange(PHASE)
+    earlier, recent = begun + page.reshape(-1), begun + jnp.arange(PHASE)
+    first = trunk_length[:, None, None] - 1
+    ends = np.cumsum([_columns(segment) for segment in own])[:-1]
+    self.own_position = jnp.split(first + earlier, ends, axis=-1)
+    self.own_mask = jnp.split(earlier > 0, ends, axis=-1)
     self.recent_position, self.recent_mask = first + recent, (recent > 0) & (recent <= length[..., None])
 
   def __call__(self, query, key, value, *, masking: Masking, layer, cache: Cache):
     """The attention output [slots, lanes, heads, head_dim] and `recent` with this step's keys and values."""
     cache = self._put(cache, layer, KV(key[..., None, :], value[..., None, :]))
     recent = read(cache, layer)
-    parts = (
-      Keys(*read(self.own, layer), self.own_position, self.own_mask),
-      Keys(_turned(recent.key), recent.value, self.recent_position, self.recent_mask),
-    )
+    several = len(self.own) > 1
+    parts = [
+      Keys(*read(segment, layer), position, mask, mask.any() if several else None)
+      for segment, position, mask in zip(self.own, self.own_position, self.own_mask, strict=True)
+    ]
+    parts.append(Keys(_turned(recent.key), recent.value, self.recent_position, self.recent_mask))
     trunk = Keys(*read(self.trunk, layer), self.trunk_position, self.trunk_mask)
     out = attend(query[:, :, None], self.position[..., None], parts, trunk, masking)
     return out[:, :, 0], cache
 
   def _put(self, recent: Cache, layer, new: KV) -> Cache:
-    def put(old, added, start):
-      return jax.lax.dynamic_update_slice(old, added.astype(old.dtype), (*start, 0, 0, 0, self.offset, 0))
-
     if isinstance(recent, KV):
-      return KV(*(put(old, added[None], (layer,)) for old, added in zip(recent, new, strict=True)))
-    return write(recent, layer, KV(*(put(old, added, ()) for old, added in zip(recent[layer], new, strict=True))))
-
-
-def end_phase(own: Cache, recent: Cache, length: Int[Array, "slots lanes"]) -> Cache:
-  """`own` with the columns of a phase that has ended; `length` is how many tokens each branch has by now.
-
-  What lands in the lane of a branch that ended, or of none, is not read: the next one writes its columns first.
-  """
-  blocks = _columns(own) // PHASE
-  there = jnp.arange(blocks) == (length // PHASE - 1)[..., None]  # [slots, lanes, blocks]
-
-  def move(old: KV, new: KV) -> KV:
-    key = old.key.reshape(*old.key.shape[:-1], blocks, PHASE)
-    value = old.value.reshape(*old.value.shape[:-2], blocks, PHASE, old.value.shape[-1])
-    return KV(
-      jnp.where(there[:, :, None, None, :, None], _turned(new.key)[..., None, :], key).reshape(old.key.shape),
-      jnp.where(there[:, :, None, :, None, None], new.value[..., None, :, :], value).reshape(old.value.shape),
+      start = (layer, 0, 0, 0, self.offset, 0)
+      return KV(*(_update(old, added[None], start) for old, added in zip(recent, new, strict=True)))
+    start = (0, 0, 0, self.offset, 0)
+    return write(
+      recent, layer, KV(*(_update(old, added, start) for old, added in zip(recent[layer], new, strict=True)))
     )
 
-  return move(own, recent) if isinstance(own, KV) else tuple(map(move, own, recent))
+
+def end_phase(
+  own: Own, born: Int[Array, " pages"], recent: Cache, length: Int[Array, "slots lanes"], clock: Int[Array, ""]
+) -> tuple[Own, Int[Array, " pages"]]:
+  """`own` and `born` with the phase that ends now, at step `clock`; `length` is how many tokens each branch has."""
+  phase = clock // PHASE - 1
+  page = jnp.argmax(born <= phase - (length // PHASE).max())  # the first that no branch needs
+  segments, first = [], 0
+  for segment in own:
+    put = functools.partial(_put_page, recent, page - first)
+    here = (page >= first) & (page < first + pages((segment,)))
+    segments.append(put(segment) if len(own) == 1 else jax.lax.cond(here, put, lambda segment: segment, segment))
+    first += pages((segment,))
+  return tuple(segments), born.at[page].set(phase)
+
+
+def _put_page(recent: Cache, page: Int[Array, ""], segment: Cache) -> Cache:
+  """A segment with the phase in one of its pages."""
+
+  def put(old: KV, new: KV) -> KV:
+    before, start = (0,) * (old.key.ndim - 2), page * PHASE
+    return KV(
+      _update(old.key, _turned(new.key), (*before, 0, start)), _update(old.value, new.value, (*before, start, 0))
+    )
+
+  return put(segment, recent) if isinstance(segment, KV) else tuple(map(put, segment, recent))
+
+
+def _update(old, new, start):
+  """`jax.lax.dynamic_update_slice`, of bits: XLA's CPU backend updates no bfloat16 array in place.
+
+  It would convert the whole of it to float32 and back.
+  """
+  bits = {2: jnp.uint16, 4: jnp.uint32}[old.dtype.itemsize]
+  old_bits, new_bits = (jax.lax.bitcast_convert_type(array, bits) for array in (old, new.astype(old.dtype)))
+  return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(old_bits, new_bits, start), old.dtype)
 
 
 def _turned(key):

@@ -1,5 +1,8 @@
 """Drawing one token a row: filters without a sort, and a draw that costs one random number a row."""
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -59,28 +62,52 @@ def filtered(weights: Float[Array, "*rows vocab"], sampling: Sampling) -> Float[
 
 
 def draw(
-  logits: Float[Array, "*rows vocab"], keys: Key[Array, "*rows"], sampling: Sampling
-) -> tuple[Int[Array, "*rows"], Float[Array, "*rows"]]:
+  logits: Sequence[Float[Array, "rows part"]], keys: Key[Array, " rows"], sampling: Sampling
+) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
   """One token a row, and its log-probability at temperature 1 without any filter.
 
-  The cumulative distribution is inverted at one uniform number a row. Its sum is accumulated in two levels, over
-  blocks of tokens and then inside the chosen block, because a running sum over the whole vocabulary costs more than
-  several layers of a small model; nothing is normalised, because what is drawn does not depend on it.
+  The logits come in parts of the vocabulary, all but the last of whole blocks: what is done to a part is done while
+  it lies in the processor's cache. The cumulative distribution is inverted at one uniform number a row. Its sum is
+  accumulated in two levels, over blocks of tokens and then inside the chosen block, because a running sum over the
+  whole vocabulary costs more than several layers of a small model; nothing is normalised, because what is drawn does
+  not depend on it.
   """
-  rows, vocab = logits.shape[:-1], logits.shape[-1]
-  shifted = logits - logits.max(-1, keepdims=True)
-  weights = jnp.exp(shifted / sampling.temperature)
-  kept = filtered(weights, sampling)
-  uniform = jax.vmap(jax.random.uniform)(keys.reshape(-1)).reshape(rows)
-  blocks = jnp.pad(kept, [(0, 0)] * len(rows) + [(0, -vocab % BLOCK)]).reshape(*rows, -1, BLOCK)
-  ends = jnp.cumsum(blocks.sum(-1), axis=-1)
-  target = uniform * ends[..., -1]
+  temperature, plain = sampling.temperature, not (sampling.top_k or sampling.top_p < 1 or sampling.min_p)
+  highest = [part.max(-1, keepdims=True) for part in logits]
+  top = functools.reduce(jnp.maximum, highest)
+  weights = [jnp.exp((part - high) / temperature) for part, high in zip(logits, highest, strict=True)]
+  factors = [jnp.exp((high - top) / temperature) for high in highest]  # what makes the parts comparable
+  if not plain:
+    comparable = [part * factor for part, factor in zip(weights, factors, strict=True)]
+    weights, factors = [filtered(jnp.concatenate(comparable, axis=-1), sampling)], [jnp.ones_like(top)]
+  blocks = [_blocks(part) for part in weights]
+  sums = [part.sum(-1) * factor for part, factor in zip(blocks, factors, strict=True)]
+  ends = jnp.cumsum(jnp.concatenate(sums, axis=-1), axis=-1)
+  target = jax.vmap(jax.random.uniform)(keys) * ends[:, -1]
   block, start = _first_beyond(ends, target)
-  inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+  inside = _block(blocks, factors, block)
   within, _ = _first_beyond(jnp.cumsum(inside, axis=-1), target - start)
-  token = (block * BLOCK + within).astype(jnp.int32)
-  total = ends[..., -1] if kept is weights and sampling.temperature == 1 else sum_exp(shifted)
-  return token, jnp.take_along_axis(shifted, token[..., None], axis=-1)[..., 0] - jnp.log(total)
+  weight = jnp.take_along_axis(inside, within[:, None], axis=-1)[:, 0]
+  total = ends[:, -1]
+  if not (plain and temperature == 1):
+    total = sum(sum_exp(part - high) * jnp.exp(high - top)[:, 0] for part, high in zip(logits, highest, strict=True))
+  return (block * BLOCK + within).astype(jnp.int32), temperature * jnp.log(weight) - jnp.log(total)
+
+
+def _blocks(weights: Float[Array, "rows part"]) -> Float[Array, "rows blocks block"]:
+  padded = jnp.pad(weights, [(0, 0), (0, -weights.shape[-1] % BLOCK)])
+  return padded.reshape(weights.shape[0], -1, BLOCK)
+
+
+def _block(parts, factors, block: Int[Array, " rows"]) -> Float[Array, "rows block"]:
+  """The weights in one block of each row, counted over all parts."""
+  inside, first = 0.0, 0
+  for part, factor in zip(parts, factors, strict=True):
+    index = block - first
+    here = (index >= 0) & (index < part.shape[1])
+    taken = jnp.take_along_axis(part, jnp.where(here, index, 0)[:, None, None], axis=1)[:, 0]
+    inside, first = inside + jnp.where(here[:, None], taken * factor, 0.0), first + part.shape[1]
+  return inside
 
 
 def _first_beyond(ends, target):

@@ -13,7 +13,7 @@ What a branch becomes depends on its prompt, its number and the key alone: never
 
 import dataclasses
 import functools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
@@ -28,23 +28,30 @@ from tsalign_jax.data.batching import prompts_only, round_up
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.heads import LanguageModel
 from tsalign_jax.models.loading import ModelHandle
-from tsalign_jax.parallel.mesh import batch_ways, constrain_batch, put_batch
+from tsalign_jax.parallel.mesh import batch_ways, constrain, constrain_batch, put_batch
 from tsalign_jax.sampling.cache import (
   PHASE,
   Cache,
   Decode,
+  Own,
   Prefill,
   batch_axis,
   constrain_cache,
   empty_cache,
+  empty_own,
   empty_recent,
   end_phase,
+  pages,
 )
-from tsalign_jax.sampling.draw import draw
+from tsalign_jax.sampling.draw import BLOCK, draw
 from tsalign_jax.types import Branches, Finish
 
 NARROWEST = 32  # tokens; prompts are padded to it, or to the next power of two, which bounds the number of programs
+PART = 32 * BLOCK  # tokens of the vocabulary, of which the logits are computed together where processors have caches
 EMPTY = -1  # the prompt id of a slot that holds none
+
+
+SHARED = {"clock": 0, "born": 1}  # what all slots share, and its axes
 
 
 class Responses(NamedTuple):
@@ -59,6 +66,7 @@ class Responses(NamedTuple):
 class Slots(NamedTuple):
   """The state of sampling. `branch` is what each lane grows, K where it rests; `draft` is how far that has come."""
 
+  clock: Int[Array, ""]  # steps that were taken so far
   prompt_id: Int[Array, " slots"]
   trunk_length: Int[Array, " slots"]
   trunk: Cache
@@ -66,7 +74,8 @@ class Slots(NamedTuple):
   begun: Int[Array, " slots"]  # branches, of K
   branch: Int[Array, "slots lanes"]
   token: Int[Array, "slots lanes"]
-  own: Cache
+  own: Own
+  born: Int[Array, " pages"]  # the phase that each page of `own` holds
   recent: Cache  # the own keys of the phase that is going on
   draft: Responses  # a row for each lane
   done: Responses  # a row for each branch
@@ -146,16 +155,18 @@ class Sampler:
 
 
 def prompt_widths(lengths: Sequence[int], slots: int) -> dict[int, int]:
-  """The width that prompts of each length are padded to: powers of two, but none for too few prompts to fill slots.
+  """The width that prompts of each length are padded to: powers of two, each for prompts enough to fill the slots.
 
-  Those join the next wider ones. It is a function of all prompts, so what is left of them is padded as they were.
+  From the longest on, a width takes shorter prompts too until they are enough; too few that are left join the last.
+  It is a function of all prompts, so what is left of them is padded as they were.
   """
-  widths = {length: max(NARROWEST, 1 << (length - 1).bit_length()) for length in lengths}
-  for width in sorted(set(widths.values()))[:-1]:
-    of_width = [length for length in lengths if widths[length] == width]
-    if len(of_width) < slots:
-      wider = min(other for other in widths.values() if other > width)
-      widths |= dict.fromkeys(of_width, wider)
+  widths, width, count, left = {}, 0, 0, len(lengths)
+  for length, prompts in sorted(Counter(lengths).items(), reverse=True):
+    own = max(NARROWEST, 1 << (length - 1).bit_length())
+    if not widths or (own < width and count >= slots and left >= slots):
+      width, count = own, 0
+    widths[length] = width
+    count, left = count + prompts, left - prompts
   return widths
 
 
@@ -198,7 +209,9 @@ class _Programs:
     """Slots without prompts; all lanes rest."""
     slots, lanes, k, limit = self.slots, self.lanes, self.sampling.responses, self.sampling.max_new_tokens
     cache = functools.partial(empty_cache, self.model.config, self.model.layout, dtype=self.model.dtype)
+    own = empty_own(self.model.config, self.model.layout, (slots, lanes), limit, self.model.dtype)
     state = Slots(
+      clock=jnp.zeros((), jnp.int32),
       prompt_id=jnp.full(slots, EMPTY),
       trunk_length=jnp.ones(slots, jnp.int32),
       trunk=cache(lead=(slots,), length=width),
@@ -206,7 +219,8 @@ class _Programs:
       begun=jnp.full(slots, k),
       branch=jnp.full((slots, lanes), k),
       token=jnp.zeros((slots, lanes), jnp.int32),
-      own=cache(lead=(slots, lanes), length=round_up(limit, PHASE)),
+      own=own,
+      born=jnp.full(pages(own), -2 * pages(own)),  # too long ago for any branch
       recent=empty_recent(self.model.config, self.model.layout, (slots, lanes), self.model.dtype),
       draft=_blank((slots, lanes), limit),
       done=_blank((slots, k), limit),
@@ -237,7 +251,7 @@ class _Programs:
   def decode(self, params: Params, state: Slots, released: Bool[Array, " slots"], wanted, key):
     """Grows branches until `wanted` prompts are complete, or all; the released slots are empty from now on."""
     language_model: LanguageModel = self.model.skeleton.bind(params)
-    grow = functools.partial(self._grow, language_model, language_model.head(), key)
+    grow = functools.partial(self._grow, language_model, self._in_parts(language_model.head()), key)
     state = state._replace(prompt_id=jnp.where(released, EMPTY, state.prompt_id))
 
     def goes_on(state: Slots):
@@ -245,12 +259,19 @@ class _Programs:
       return (complete.sum() < wanted) & (occupied & ~complete).any()
 
     def phase(state: Slots) -> Slots:
-      state = jax.lax.fori_loop(0, PHASE, grow, self._begin(self._book(state)))
-      return state._replace(own=end_phase(state.own, state.recent, state.draft.length))
+      state = jax.lax.fori_loop(0, PHASE, lambda _, state: grow(state), self._begin(self._book(state)))
+      own, born = end_phase(state.own, state.born, state.recent, state.draft.length, state.clock)
+      return state._replace(own=own, born=born)
 
     with jax.named_scope("decode"):
       state = self._book(jax.lax.while_loop(goes_on, phase, state))
     return self._constrain(state), self._complete(state)
+
+  def _in_parts(self, head: Float[Array, "embed vocab"]) -> list[Float[Array, "embed part"]]:
+    """The vocabulary projection in the parts that `draw` gets logits of: one, unless layers are apart for a CPU."""
+    vocab = head.shape[1]
+    size = PART if self.model.layout == "unrolled" else vocab
+    return [head[:, start : start + size] for start in range(0, vocab, size)]
 
   def _ended(self, state: Slots) -> Bool[Array, "slots lanes"]:
     return state.draft.stopped | (state.draft.length >= self.sampling.max_new_tokens)
@@ -289,11 +310,12 @@ class _Programs:
       draft=draft,
     )
 
-  def _grow(self, language_model: LanguageModel, head, key, tick: Int[Array, ""], state: Slots) -> Slots:
+  def _grow(self, language_model: LanguageModel, head, key, state: Slots) -> Slots:
     """One more token for every branch that goes on."""
     draft = state.draft
     grows = (state.branch < self.sampling.responses) & ~self._ended(state)
-    attend = Decode(state.trunk, state.own, state.trunk_length, jnp.where(grows, draft.length, 0), tick)
+    length = jnp.where(grows, draft.length, 0)
+    attend = Decode(state.trunk, state.own, state.born, state.trunk_length, length, state.clock)
     hidden, recent = language_model.model(
       state.token, attend.position, attend, cache=state.recent, dtype=self.model.dtype
     )
@@ -301,7 +323,7 @@ class _Programs:
     keys = _fold(branch_keys(key, state.prompt_id, state.branch), draft.length)
     # Rows in one axis: TPUs tile the last two, and a few lanes a slot would be padded to as many as a tile has.
     rows = constrain_batch(hidden, self.mesh).reshape(-1, hidden.shape[-1])
-    drawn = draw(language_model.logits(rows, head), keys.reshape(-1), self.sampling)
+    drawn = draw([language_model.logits(rows, part) for part in head], keys.reshape(-1), self.sampling)
     token, logprob = (array.reshape(grows.shape) for array in drawn)
     token = jnp.where(grows, token, 0)
     here = grows[..., None] & (jnp.arange(self.sampling.max_new_tokens) == draft.length[..., None])
@@ -311,13 +333,16 @@ class _Programs:
       logprob=draft.logprob + jnp.where(grows, logprob, 0.0),
       stopped=draft.stopped | grows & jnp.isin(token, jnp.asarray(self.stop_tokens, jnp.int32)),
     )
-    return state._replace(token=token, recent=recent, draft=draft)
+    return state._replace(clock=state.clock + 1, token=token, recent=recent, draft=draft)
 
   def _constrain(self, state: Slots) -> Slots:
     """The state where the rules of the mesh want it, so that it can be donated from call to call."""
-    caches = {name: constrain_cache(getattr(state, name), self.mesh) for name in ("trunk", "own", "recent")}
-    rest = {name: value for name, value in state._asdict().items() if name not in caches}
-    return Slots(**caches, **jax.tree.map(lambda array: constrain_batch(array, self.mesh), rest))
+    caches = {name: constrain_cache(getattr(state, name), self.mesh) for name in ("trunk", "recent")}
+    own = tuple(constrain_cache(segment, self.mesh) for segment in state.own)
+    everywhere = {name: constrain(getattr(state, name), (None,) * ndim, self.mesh) for name, ndim in SHARED.items()}
+    rest = {name: value for name, value in state._asdict().items() if name not in {"own", *caches, *everywhere}}
+    rows = jax.tree.map(lambda array: constrain_batch(array, self.mesh), rest)
+    return Slots(own=own, **caches, **everywhere, **rows)
 
 
 def _blank(shape: tuple[int, int], limit: int) -> Responses:
