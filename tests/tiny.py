@@ -119,9 +119,10 @@ def tokenizer(folder: pathlib.Path, *, template: str | None = TEMPLATE) -> None:
   wrapped.save_pretrained(folder)
 
 
-def bert_tokenizer(folder: pathlib.Path) -> None:
-  """Saves a BERT tokenizer over the same words."""
-  vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+def bert_tokenizer(folder: pathlib.Path, *, pad: int = 0) -> None:
+  """Saves a BERT tokenizer over the same words, whose padding token is 0, or 1 as RoBERTa has it."""
+  special = ["[PAD]", "[UNK]"] if pad == 0 else ["[UNK]", "[PAD]"]
+  vocabulary = {word: index for index, word in enumerate([*special, "[CLS]", "[SEP]", "[MASK]", *WORDS])}
   hf.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
 
 

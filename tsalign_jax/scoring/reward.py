@@ -119,8 +119,16 @@ class DecoderEngine(RewardEngine):
     self.chat = Chat.load(model.folder)
 
   def encode(self, prompt: Conversation, responses: Sequence[str]) -> Encoded:
-    """The templated conversation; over the limit, the prompt loses its start and then a response its end."""
-    trunk, branches = self.chat.prompt_tokens(prompt), [self.chat.response_tokens(text) for text in responses]
+    """The templated conversations; over the limit, the prompt loses its start and then a response its end.
+
+    Each conversation has the tokens that it would have alone: what all of them begin with, up to where the answer
+    starts, is the trunk.
+    """
+    whole = [self.chat.conversation_tokens([*prompt, {"role": "assistant", "content": text}]) for text in responses]
+    end = min(len(self.chat.prompt_tokens(prompt)), min(map(len, whole)) - 1)
+    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*whole, strict=False))
+    shared = len(list(itertools.islice(alike, end)))
+    trunk, branches = whole[0][:shared], [tokens[shared:] for tokens in whole]
     longest = max(map(len, branches))
     kept = trunk[-max(1, self.limit - longest) :]
     shortened = [branch[: self.limit - len(kept)] for branch in branches]
@@ -153,14 +161,14 @@ class EncoderEngine(RewardEngine):
 
   def encode(self, prompt: Conversation, responses: Sequence[str]) -> Encoded:
     """[CLS] prompt [SEP] response [SEP], or as the family writes it; over the limit, the prompt loses its start."""
-    text, rows, types, cut = conversation_text(prompt), [], [], 0
-    for response in responses:
-      response, shortened = self._fit(response)
-      whole = self.tokenizer(text, response)
-      row = self.tokenizer(text, response, truncation="only_first", max_length=self.limit)
-      rows.append(row["input_ids"])
-      types.append(row.get("token_type_ids") or [0] * len(row["input_ids"]))
-      cut += shortened or len(row["input_ids"]) < len(whole["input_ids"])
+    fitted = [self._fit(response) for response in responses]
+    # As lists, because of a single pair with an empty response the tokenizer would take the prompt alone.
+    texts = [conversation_text(prompt)] * len(responses), [response for response, _ in fitted]
+    whole = self.tokenizer(*texts)["input_ids"]
+    kept = self.tokenizer(*texts, truncation="only_first", max_length=self.limit)
+    rows = kept["input_ids"]
+    types = kept.get("token_type_ids") or [[0] * len(row) for row in rows]
+    cut = sum(shortened or len(a) < len(b) for (_, shortened), a, b in zip(fitted, rows, whole, strict=True))
     return Encoded([], rows, types, cut)
 
   def _fit(self, response: str) -> tuple[str, bool]:
