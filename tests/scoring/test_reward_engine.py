@@ -2,6 +2,7 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny
@@ -135,3 +136,9 @@ def test_long_conversation_loses_the_start_of_its_prompt_and_is_counted(tmp_path
   item = engine.encode(prompt, [response, "the"])
   assert item.cut == 2 and item.prompt + item.responses[1] == [*tokens[1:8], tokens[9]]
   assert engine.encode(prompt, ["the"]).cut == 0
+
+
+def test_scores_of_a_bfloat16_model_are_not_rounded_to_it(tmp_path, one_device):
+  decoder_folder(tmp_path, "llama")
+  scores = np.asarray(scores_of(tmp_path, one_device, dtype="bfloat16"), np.float32)
+  assert (scores != scores.astype(ml_dtypes.bfloat16).astype(np.float32)).any()
