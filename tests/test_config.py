@@ -93,7 +93,10 @@ def at(key, value):
 
 WRONG_TEACHERS = {
   "unknown kind": ({"kind": "llm_jugde"}, "teacher.kind: unknown kind 'llm_jugde'; did you mean llm_judge? (known: "),
-  "strange kind": ({"kind": "x"}, "teacher.kind: unknown kind 'x' (known: checks, llm_judge, ranker, ensemble)"),
+  "strange kind": (
+    {"kind": "x"},
+    "teacher.kind: unknown kind 'x' (known: checks, reward_model, llm_judge, ranker, ensemble)",
+  ),
   "misspelt key": (JUDGE | {"modle": "m"}, "teacher.modle: unknown key; did you mean teacher.model?"),
   "misspelt key, no kind": ({"defualt": []}, "teacher.defualt: unknown key; did you mean teacher.default?"),
   "misspelt key within": (
@@ -105,7 +108,7 @@ WRONG_TEACHERS = {
   "no members": ({"kind": "ensemble"}, "teacher.members: missing; this key is required"),
   "member without a kind": (
     {"kind": "ensemble", "members": [JUDGE, {}]},
-    "teacher.members.1.kind: missing; this key is required (known: checks, llm_judge, ranker)",
+    "teacher.members.1.kind: missing; this key is required (known: checks, reward_model, llm_judge, ranker)",
   ),
   "member misspelt": (
     {"kind": "ensemble", "members": [JUDGE, JUDGE | {"modle": "m"}]},

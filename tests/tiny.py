@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 import tokenizers
 import torch
@@ -103,10 +104,10 @@ TEMPLATE = (
 )
 
 
-def tokenizer(folder: pathlib.Path, *, template: str | None = TEMPLATE) -> None:
+def tokenizer(folder: pathlib.Path, *, template: str | None = TEMPLATE, words: Sequence[str] = WORDS) -> None:
   """Saves a tokenizer of whole words, with a chat template, that fits the tiny decoders' vocabulary."""
   special = ["<pad>", "<s>", "<end>", "<unk>", "<user>", "<assistant>", "<system>"]
-  vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
+  vocabulary = {word: index for index, word in enumerate([*special, *words])}
   assert len(vocabulary) <= SIZES["vocab_size"]
   core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
   core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

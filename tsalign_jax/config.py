@@ -61,13 +61,18 @@ class WarmStart(Section):
   """Passes over these pairs."""
 
 
-class Student(Model):
-  """The small reward model that scores every response: a decoder or an encoder."""
+class RewardModel(Model):
+  """A model that scores responses: a decoder or an encoder."""
 
   max_tokens: Count = 512
   """Longest prompt plus response it reads; longer ones lose the start of the prompt, and are counted."""
   batch_size: Count = 32
   """Prompts (decoder) or sequences (encoder) scored at once."""
+
+
+class Student(RewardModel):
+  """The small reward model that scores every response."""
+
   warm_start: WarmStart | None = None
   """Train a first student S(0) on teacher-labelled pairs; null takes the folder's reward head as it is."""
 
@@ -138,6 +143,17 @@ class ChecksTeacher(Section):
   def sources(self) -> list[str]:
     """Files that the verdicts depend on."""
     return list(self.plugins)
+
+
+class RewardModelTeacher(RewardModel):
+  """A Hugging Face reward model (one label) that scores each response; the higher score wins, equal ones are a tie."""
+
+  kind: Literal["reward_model"] = "reward_model"
+  """Which kind of teacher this is."""
+
+  def sources(self) -> list[str | Path]:
+    """What the verdicts depend on: the model's folder."""
+    return [self.path]
 
 
 class Endpoint(Section):
@@ -241,7 +257,7 @@ class RankerTeacher(ChatTeacher):
     return [self.template, *([self.demonstrations] if self.demonstrations else [])]
 
 
-SingleTeacher = ChecksTeacher | JudgeTeacher | RankerTeacher
+SingleTeacher = ChecksTeacher | RewardModelTeacher | JudgeTeacher | RankerTeacher
 
 
 class EnsembleTeacher(Section):
@@ -254,8 +270,8 @@ class EnsembleTeacher(Section):
   vote: Literal["majority", "mean"] = "majority"
   """The verdict of more than half of the members, or the side of 0.5 on which their mean probability lies."""
 
-  def sources(self) -> list[str]:
-    """Files that the verdicts depend on."""
+  def sources(self) -> list[str | Path]:
+    """Files and folders that the verdicts depend on."""
     return [source for member in self.members for source in member.sources()]
 
 
@@ -366,7 +382,7 @@ class Config(Section):
   student: Student
   """The small reward model that scores everything and picks the pairs."""
   teacher: Annotated[AnyTeacher, BeforeValidator(_checks_by_default)] = ChecksTeacher()
-  """Who decides which of two responses is better: checks, llm_judge, ranker or ensemble (`kind`)."""
+  """Who decides which of two responses is better: checks, reward_model, llm_judge, ranker or ensemble (`kind`)."""
   prompts: Prompts
   """What the policy answers."""
   sampling: Sampling = Sampling()

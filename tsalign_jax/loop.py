@@ -13,15 +13,15 @@ from typing import Any
 import yaml
 
 from tsalign_jax.config import Config, changed_keys, dump_config, load_config
-from tsalign_jax.data.chat import Chat, load_tokenizer
+from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.files import read_preferences, read_prompts
 from tsalign_jax.manifest import Manifest, fingerprint, write_json
-from tsalign_jax.models.config import DecoderConfig, read_config
 from tsalign_jax.models.hf import WeightFiles
 from tsalign_jax.models.loading import policy_config
 from tsalign_jax.parallel.mesh import make_mesh
 from tsalign_jax.recipes.ts_align import Step, round_name, ts_align
 from tsalign_jax.report.html import write_report
+from tsalign_jax.scoring.reward import check_reader
 from tsalign_jax.stages.base import Job, Progress
 from tsalign_jax.teachers.base import Teacher
 from tsalign_jax.teachers.build import build_teacher
@@ -122,17 +122,15 @@ def _check_same_inputs(step: Step, file: Path, reads: dict[str, str]) -> None:
 
 def _check_inputs(config: Config) -> Teacher:
   """The teacher. Raises whatever is wrong with it, models or files, before a device is touched or a file written."""
-  policy, student = policy_config(config.policy), read_config(config.student.path)
+  policy, student = policy_config(config.policy), check_reader(config.student.path)
   Chat.load(config.policy.path)
+  WeightFiles(config.policy.path)
   longest = config.prompts.max_tokens + config.sampling.max_new_tokens
   if longest > policy.max_tokens:
     raise UserError(
       f"prompts.max_tokens + sampling.max_new_tokens = {longest}, but {config.policy.path} has positions for "
       f"{policy.max_tokens} tokens; lower one of them"
     )
-  (Chat.load if isinstance(student, DecoderConfig) else load_tokenizer)(config.student.path)
-  for folder in (config.policy.path, config.student.path):
-    WeightFiles(folder)
   if config.student.warm_start is None and not student.reward_head:
     raise UserError(f"student.path: {config.student.path} has no reward head; set student.warm_start to train one")
   teacher = build_teacher(config)

@@ -132,10 +132,10 @@ def test_long_conversation_loses_the_start_of_its_prompt_and_is_counted(tmp_path
   (whole,) = ([*prompt, {"role": "assistant", "content": response}],)
   tokens = tokenizer.apply_chat_template(whole, return_dict=True)["input_ids"]
   item = engine.encode(prompt, [response])
-  assert len(tokens) == 10 and item.prompt + item.responses[0] == tokens[1:] and item.cut == 1
+  assert len(tokens) == 10 and item.prompt + item.responses[0] == tokens[1:] and item.cut == [True]
   item = engine.encode(prompt, [response, "the"])
-  assert item.cut == 2 and item.prompt + item.responses[1] == [*tokens[1:8], tokens[9]]
-  assert engine.encode(prompt, ["the"]).cut == 0
+  assert item.cut == [True, True] and item.prompt + item.responses[1] == [*tokens[1:8], tokens[9]]
+  assert engine.encode(prompt, ["the"]).cut == [False]
 
 
 def test_scores_of_a_bfloat16_model_are_not_rounded_to_it(tmp_path, one_device):

@@ -153,10 +153,11 @@ def _distil(config: Config, name: str, student: Path, replay: Mapping[str, Path]
 
 
 def _teacher_files(config: Config) -> dict[str, Path]:
-  """Files that a teacher's verdicts depend on."""
+  """Files and models' folders that a teacher's verdicts depend on."""
   return _files({f"teacher_{index}": source for index, source in enumerate(config.teacher.sources())})
 
 
-def _files(sources: Mapping[str, str | None]) -> dict[str, Path]:
-  """Those of the sources that are files, and so can be recorded and verified."""
-  return {name: Path(source) for name, source in sources.items() if source and Path(source).is_file()}
+def _files(sources: Mapping[str, str | Path | None]) -> dict[str, Path]:
+  """Those of the sources that are on disk, and so can be recorded and verified: a `Path` is, text may name a file."""
+  on_disk = {name: source for name, source in sources.items() if isinstance(source, Path)}
+  return on_disk | {name: Path(source) for name, source in sources.items() if source and Path(source).is_file()}
