@@ -24,7 +24,7 @@ from tsalign_jax.data.files import read_prompts
 from tsalign_jax.data.packing import Item, Packing
 from tsalign_jax.models.config import DecoderConfig
 from tsalign_jax.models.loading import ModelHandle, language_model, reward_model, wide
-from tsalign_jax.models.lora import adapted_skeleton, fresh_adapters
+from tsalign_jax.models.lora import trained_part
 from tsalign_jax.ops.einsum import wide_matmul
 from tsalign_jax.parallel.mesh import batch_ways, make_mesh
 from tsalign_jax.sampling.engine import build_sampler
@@ -173,17 +173,14 @@ def _align(config: Config, model: ModelHandle, mesh: Mesh, params, sampled: Samp
   logps, seconds = _timed(known, runs)
   yield Phase("reference", "pairs", len(pairs), _flops(model, pairs), None, seconds)
 
-  skeleton = adapted_skeleton(model, settings.lora)
-  trainer = build_trainer(align.build_loss(model, mesh, settings), settings, len(steps), skeleton, mesh)
-  if settings.lora:
-    trainable, frozen = fresh_adapters(skeleton, jax.random.key(0), mesh), params
-  else:
-    trainable, frozen = wide(params), {}
+  part = trained_part(model, settings.lora, lambda: params, jax.random.key(0), mesh)
+  trainer = build_trainer(align.build_loss(model, mesh, settings), settings, len(steps), part.skeleton, mesh)
+  trainable = part.load()
   state = [trainable, trainer.init(trainable)]
 
   def epoch():
     for step in steps:
-      *state[:], metrics = trainer.step(state[0], frozen, state[1], align.make_batches(packing, step, logps, mesh))
+      *state[:], metrics = trainer.step(state[0], part.frozen, state[1], align.make_batches(packing, step, logps, mesh))
     return metrics
 
   backward = 2 if settings.lora else 3  # of frozen weights no gradient is computed

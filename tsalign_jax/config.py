@@ -20,7 +20,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Ways = Literal[-1] | Count
-LinearMap = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LinearMap = Literal[
+  *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),  # decoders
+  *("query", "key", "value", "attention_output", "up", "down"),  # BERT, RoBERTa
+  *("attn_qkv", "attn_out", "mlp_in", "mlp_out"),  # ModernBERT
+]
 
 
 class Section(BaseModel):
@@ -312,8 +316,8 @@ class LoRA(Section):
   """Rank of each adapter."""
   alpha: Positive = 32.0
   """Scale: the adapter's output is multiplied by alpha / rank."""
-  targets: tuple[LinearMap, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-  """Names of the linear maps that get one."""
+  targets: Annotated[tuple[LinearMap, ...], Field(min_length=1)] | None = None
+  """Names of the linear maps that get one, in every layer; null: all that the model has."""
 
 
 class Align(Optimizer):

@@ -18,6 +18,7 @@ from tsalign_jax.data.files import read_preferences, read_prompts
 from tsalign_jax.manifest import Manifest, fingerprint, write_json
 from tsalign_jax.models.hf import WeightFiles
 from tsalign_jax.models.loading import policy_config
+from tsalign_jax.models.lora import check_targets
 from tsalign_jax.parallel.mesh import make_mesh
 from tsalign_jax.recipes.ts_align import Step, round_name, ts_align
 from tsalign_jax.report.html import write_report
@@ -125,6 +126,7 @@ def _check_inputs(config: Config) -> Teacher:
   policy, student = policy_config(config.policy), check_reader(config.student.path)
   Chat.load(config.policy.path)
   WeightFiles(config.policy.path)
+  check_targets(config.align.lora, policy, "align")
   longest = config.prompts.max_tokens + config.sampling.max_new_tokens
   if longest > policy.max_tokens:
     raise UserError(
