@@ -335,13 +335,24 @@ class Align(Optimizer):
   """Train adapters instead of all weights."""
 
 
-class Distil(Optimizer):
-  """How the student learns from the teacher's verdicts."""
+class RewardTraining(Optimizer):
+  """How a reward model learns from pairs."""
 
   loss: Literal["bradley_terry", "margin"] = "bradley_terry"
   """Logistic in the score difference, or hinge at `margin`."""
   margin: Positive = 1.0
   """Score difference the hinge asks for."""
+  label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+  """Assumed share of pairs that stand the wrong way round."""
+  center_rewards_coefficient: Annotated[float, Field(ge=0)] = 0.0
+  """Weight of the squared sum of a pair's scores, which keeps their mean near 0; 0.01 is usual."""
+  lora: LoRA | None = None
+  """Train adapters and the reward head instead of all weights."""
+
+
+class Distil(RewardTraining):
+  """How the student learns from the teacher's verdicts."""
+
   replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
   """Share of the pairs seen that come from earlier: warm start, earlier rounds and `replay`."""
   replay: str | None = None

@@ -127,6 +127,7 @@ def _check_inputs(config: Config) -> Teacher:
   Chat.load(config.policy.path)
   WeightFiles(config.policy.path)
   check_targets(config.align.lora, policy, "align")
+  check_targets(config.distil.lora, student, "distil")
   longest = config.prompts.max_tokens + config.sampling.max_new_tokens
   if longest > policy.max_tokens:
     raise UserError(
