@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -414,7 +414,40 @@ class Config(Section):
   """How devices are arranged."""
 
 
-def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
+class Pairs(Section):
+  """Preference pairs: jsonl or parquet files in TRL's format, or datasets as NAME@SPLIT."""
+
+  train: Annotated[tuple[str, ...], Field(min_length=1)]
+  """Pairs to learn from: a list of sources. Over-long ones, and those whose prompt is held out, are dropped."""
+  heldout: str
+  """Pairs to measure the accuracy on."""
+  margin: str | None = None
+  """Column of the training pairs that says by how much the chosen response's score should be ahead; null: none."""
+
+
+class RewardConfig(Section):
+  """A training of a reward model, to be a teacher or a student: `tsalign train-reward`."""
+
+  run: Path
+  """The run folder: everything the training writes. The same command on the same folder continues."""
+  seed: Annotated[int, Field(ge=0)] = 0
+  """Everything random is derived from it."""
+  model: RewardModel
+  """What is trained: a reward model, or a language model or encoder, which gets a new reward head."""
+  pairs: Pairs
+  """What it learns from, and is measured on."""
+  training: RewardTraining = RewardTraining()
+  """How it learns."""
+  resamples: Count = 2000
+  """Bootstrap resamples of the held-out prompts behind the 95% intervals."""
+  mesh: Mesh = Mesh()
+  """How devices are arranged."""
+
+
+AnyConfig = TypeVar("AnyConfig", Config, RewardConfig)
+
+
+def load_config(file: Path, overrides: Sequence[str] = (), schema: type[AnyConfig] = Config) -> AnyConfig:
   """The configuration in a YAML file with `key.subkey=value` overrides; paths are relative to where you are.
 
   Raises UserError that names the key, what was wrong and what is allowed.
@@ -431,12 +464,12 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
   for override in overrides:
     _override(content, override)
   try:
-    return Config.model_validate(content)
+    return schema.model_validate(content)
   except ValidationError as error:
-    raise UserError(f"{file}: {_explain(error.errors()[0])}") from error
+    raise UserError(f"{file}: {_explain(error.errors()[0], schema)}") from error
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: Config | RewardConfig) -> str:
   """The configuration as YAML, every field spelled out."""
   return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
@@ -470,9 +503,9 @@ def _override(content: dict, override: str) -> None:
     raise UserError(f"{override!r}: {value!r} is not a YAML value") from error
 
 
-def _explain(error: dict) -> str:
+def _explain(error: dict, schema: type[BaseModel]) -> str:
   """One sentence for pydantic's first complaint."""
-  place, section, kinds = _walk(error["loc"])
+  place, section, kinds = _walk(error["loc"], schema)
   key = ".".join(place)
   if error["type"] == "extra_forbidden":
     known = list(section.model_fields)
@@ -495,14 +528,15 @@ def _explain(error: dict) -> str:
   )
 
 
-def _walk(place: Sequence[str | int]) -> tuple[list[str], type[BaseModel], dict[str, type[BaseModel]]]:
+def _walk(
+  place: Sequence[str | int], section: type[BaseModel]
+) -> tuple[list[str], type[BaseModel], dict[str, type[BaseModel]]]:
   """The keys of an error's place, the section they lead to, and the kinds to choose from where a kind is wrong.
 
   Where sections are told apart by their `kind`, pydantic's place names it between the keys:
   (teacher, llm_judge, modle) is the key teacher.modle.
   """
   keys: list[str] = []
-  section: type[BaseModel] = Config
   kinds: dict[str, type[BaseModel]] = {}
   for part in place:
     if part in kinds:

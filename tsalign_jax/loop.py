@@ -6,13 +6,13 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tsalign_jax.config import Config, changed_keys, dump_config, load_config
+from tsalign_jax.config import Config, RewardConfig, changed_keys, dump_config, load_config
 from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.files import read_preferences, read_prompts
 from tsalign_jax.manifest import Manifest, fingerprint, write_json
@@ -20,7 +20,8 @@ from tsalign_jax.models.hf import WeightFiles
 from tsalign_jax.models.loading import policy_config
 from tsalign_jax.models.lora import check_targets
 from tsalign_jax.parallel.mesh import make_mesh
-from tsalign_jax.recipes.ts_align import Step, round_name, ts_align
+from tsalign_jax.recipes.step import Step
+from tsalign_jax.recipes.ts_align import round_name, ts_align
 from tsalign_jax.report.html import write_report
 from tsalign_jax.scoring.reward import check_reader
 from tsalign_jax.stages.base import Job, Progress
@@ -39,21 +40,39 @@ def run(config: Config, progress_of: Callable[[str], Progress]) -> None:
   and for a run folder that holds another configuration or damaged files.
   """
   teacher = _check_inputs(config)
+
+  def done(step: Step, manifest: Manifest) -> None:
+    if step.stage_name == "evaluate":
+      write_metrics(config.run, manifest, step.folder)
+      write_report(config.run)
+
+  run_steps(config, list(ts_align(config)), progress_of, lambda: _check_teacher(config.run, teacher), done)
+
+
+def run_steps(
+  config: Config | RewardConfig,
+  steps: Sequence[Step],
+  progress_of: Callable[[str], Progress],
+  ready: Callable[[], None],
+  done: Callable[[Step, Manifest], None],
+) -> None:
+  """Runs those of the steps that have not committed yet, in the configuration's run folder.
+
+  `ready` is called before the first, when what is there has been found sound; `done` after each, also after one that
+  had committed before. Raises UserError for a run folder that holds another configuration or damaged files.
+  """
   with _locked(config.run):
     _check_config(config)
     manifest, mesh = Manifest(config.run), functools.cache(lambda: make_mesh(**config.mesh.model_dump()))
-    steps = list(ts_align(config))
     committed = [step for step in steps if step.name in manifest.stages]
     for step in committed:
       manifest.verify(step.name, step.reads)
       _clean(config.run, step)
-    _check_teacher(config.run, teacher)
+    ready()
     for step in steps:
       if step not in committed:
         _execute(step, config, mesh, manifest, progress_of(step.name))
-      if step.name.endswith("/evaluate"):
-        write_metrics(config.run, manifest, step.folder)
-        write_report(config.run)
+      done(step, manifest)
 
 
 def write_metrics(run: Path, manifest: Manifest, folder: str) -> None:
@@ -74,7 +93,7 @@ def write_metrics(run: Path, manifest: Manifest, folder: str) -> None:
   write_json(run / "metrics.json", metrics)
 
 
-def _execute(step: Step, config: Config, mesh, manifest: Manifest, progress: Progress) -> None:
+def _execute(step: Step, config: Config | RewardConfig, mesh, manifest: Manifest, progress: Progress) -> None:
   """Runs one stage into a folder of its own, moves what it wrote into place, and commits."""
   started = time.monotonic()
   folder, (partial, out) = config.run / step.folder, _workplaces(config.run, step)
@@ -102,8 +121,7 @@ def _execute(step: Step, config: Config, mesh, manifest: Manifest, progress: Pro
 
 def _workplaces(run: Path, step: Step) -> tuple[Path, Path]:
   """Where a stage keeps what it needs to resume, and where it writes before it commits."""
-  name = step.name.split("/")[1]
-  return run / step.folder / f"{name}.partial", run / step.folder / f"{name}.out"
+  return run / step.folder / f"{step.stage_name}.partial", run / step.folder / f"{step.stage_name}.out"
 
 
 def _clean(run: Path, step: Step) -> None:
@@ -144,11 +162,11 @@ def _check_inputs(config: Config) -> Teacher:
   return teacher
 
 
-def _check_config(config: Config) -> None:
+def _check_config(config: Config | RewardConfig) -> None:
   """The run folder's configuration is this one, but for keys that may grow; a new folder gets this one."""
   file = config.run / "config.yaml"
   if file.exists():
-    before, now = (yaml.safe_load(dump_config(each)) for each in (load_config(file), config))
+    before, now = (yaml.safe_load(dump_config(each)) for each in (load_config(file, schema=type(config)), config))
     for key, old, new in changed_keys(before, now):
       if key != "run" and not _may_change(key, old, new):
         raise UserError(

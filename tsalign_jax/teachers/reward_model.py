@@ -20,11 +20,12 @@ from tsalign_jax.data.chat import Chat
 from tsalign_jax.manifest import fingerprint
 from tsalign_jax.models.config import DecoderConfig
 from tsalign_jax.models.loading import reward_model
+from tsalign_jax.pairing.statistics import sign
 from tsalign_jax.parallel.mesh import make_mesh
 from tsalign_jax.scoring.reward import Encoded, RewardEngine, build_reward_engine, check_reader
 from tsalign_jax.teachers.base import Teacher
 from tsalign_jax.teachers.store import STORE, Score, ScoreStore
-from tsalign_jax.types import CandidatePair, Conversation, Judgement, Prompt, UserError, Verdict
+from tsalign_jax.types import CandidatePair, Conversation, Judgement, Prompt, UserError
 
 RULES = 1  # to be raised when scores come out differently for the same model, so that old ones are not taken for new
 TOGETHER = 2  # responses to a prompt in one row of a batch: always as many, so that few programs are compiled
@@ -111,9 +112,8 @@ class RewardModelTeacher(Teacher):
 def compare(first: Score, second: Score) -> Judgement:
   """The judgement of a pair from its scores: P(first is better) = sigmoid(difference) (Bradley and Terry 1952)."""
   margin = first.value - second.value
-  verdict = Verdict.FIRST if margin > 0 else Verdict.SECOND if margin < 0 else Verdict.TIE
   evidence = {"first": _evidence(first), "second": _evidence(second), "margin": margin}
-  return Judgement(verdict, float(np.exp(-np.logaddexp(0.0, -margin))), evidence)
+  return Judgement(sign(margin), float(np.exp(-np.logaddexp(0.0, -margin))), evidence)
 
 
 def _evidence(score: Score) -> dict[str, float | bool]:
