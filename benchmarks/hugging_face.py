@@ -130,8 +130,12 @@ class Scoring:
       prompts, responses = zip(*both, strict=True)
       limit = self.work["max_tokens"]
       return self.tokenizer(list(prompts), list(responses), truncation="only_first", max_length=limit)
-    end = self.tokenizer.eos_token
-    whole = [item["templated"] + text + end for item in self.work["items"] for text in item["responses"]]
+    answered = [
+      [*item["messages"], {"role": "assistant", "content": text}]
+      for item in self.work["items"]
+      for text in item["responses"]
+    ]
+    whole = [self.tokenizer.apply_chat_template(messages, tokenize=False) for messages in answered]
     return self.tokenizer(whole, add_special_tokens=False)
 
   @torch.inference_mode()

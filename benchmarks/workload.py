@@ -68,7 +68,6 @@ def texts_to_score(
   return [
     {
       "messages": prompt,
-      "templated": templated(chat, prompt),
       "plain": conversation_text(prompt),
       "responses": [pool[order[row * responses + column]] for column in range(responses)],
     }

@@ -56,6 +56,7 @@ WRONG = {
   "no such model": (["policy.path=nowhere"], ["nowhere: no config.json there"]),
   "not an override": (["rounds"], ["'rounds': an override is key=value"]),
   "unknown check": (["teacher.default=[{name: max_wrods, limit: 3}]"], ["max_wrods", "max_words"]),
+  "no such teacher": (["teacher={kind: reward_model, path: nowhere}"], ["nowhere: no config.json there"]),
   "unknown adapter target": (["align.lora.targets=[q_porj]"], ["align.lora.targets", "q_porj", "q_proj"]),
 }
 

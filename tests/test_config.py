@@ -7,7 +7,16 @@ import pytest
 import yaml
 
 import tsalign_jax
-from tsalign_jax.config import ChecksTeacher, Config, JudgeTeacher, Section, changed_keys, dump_config, load_config
+from tsalign_jax.config import (
+  ChecksTeacher,
+  Config,
+  JudgeTeacher,
+  RewardConfig,
+  Section,
+  changed_keys,
+  dump_config,
+  load_config,
+)
 from tsalign_jax.loop import _may_change
 from tsalign_jax.types import UserError
 
@@ -32,7 +41,9 @@ def test_every_field_is_read_and_described(section):
 
 @pytest.mark.parametrize("file", sorted((PACKAGE.parent / "configs").glob("*.yaml")), ids=lambda file: file.name)
 def test_shipped_configuration_is_valid(file):
-  assert load_config(file).run.parts[0] == "runs"
+  config = load_config(file, schema=RewardConfig if "reward" in file.stem else Config)
+  assert config.run.parts[0] == "runs"
+  assert file.name in (PACKAGE.parent / "configs" / "README.md").read_text()
 
 
 def test_overrides_reach_nested_keys():
@@ -93,7 +104,10 @@ def at(key, value):
 
 WRONG_TEACHERS = {
   "unknown kind": ({"kind": "llm_jugde"}, "teacher.kind: unknown kind 'llm_jugde'; did you mean llm_judge? (known: "),
-  "strange kind": ({"kind": "x"}, "teacher.kind: unknown kind 'x' (known: checks, llm_judge, ranker, ensemble)"),
+  "strange kind": (
+    {"kind": "x"},
+    "teacher.kind: unknown kind 'x' (known: checks, reward_model, llm_judge, ranker, ensemble)",
+  ),
   "misspelt key": (JUDGE | {"modle": "m"}, "teacher.modle: unknown key; did you mean teacher.model?"),
   "misspelt key, no kind": ({"defualt": []}, "teacher.defualt: unknown key; did you mean teacher.default?"),
   "misspelt key within": (
@@ -105,7 +119,7 @@ WRONG_TEACHERS = {
   "no members": ({"kind": "ensemble"}, "teacher.members: missing; this key is required"),
   "member without a kind": (
     {"kind": "ensemble", "members": [JUDGE, {}]},
-    "teacher.members.1.kind: missing; this key is required (known: checks, llm_judge, ranker)",
+    "teacher.members.1.kind: missing; this key is required (known: checks, reward_model, llm_judge, ranker)",
   ),
   "member misspelt": (
     {"kind": "ensemble", "members": [JUDGE, JUDGE | {"modle": "m"}]},

@@ -22,6 +22,7 @@ from rich.console import Console
 from tsalign_jax.config import load_config
 from tsalign_jax.loop import run
 from tsalign_jax.progress import terminal_progress
+from tsalign_jax.stages import judge
 from tsalign_jax.teachers import checks
 from tsalign_jax.types import UserError
 
@@ -203,6 +204,28 @@ def test_decoder_student_adapters_stacked_layers_and_initial_reference(tmp_path)
   assert (tmp_path / "run/round_01/align.jsonl").read_text() == (
     tmp_path / "undisturbed/round_01/align.jsonl"
   ).read_text()
+
+
+def test_reward_model_teacher_stopped_while_judging_and_continued(tmp_path, monkeypatch):
+  """Its tokenizer is not the policy's, and its layers and parameters are spread over eight devices."""
+  monkeypatch.setattr(judge, "BATCH", 4)
+  config = tiny.run_config(tmp_path)
+  tiny.decoder("qwen3", tmp_path / "teacher", reward=True, seed=3)
+  tiny.tokenizer(tmp_path / "teacher", words=tiny.WORDS[::-1])
+  teacher = f"{{kind: reward_model, path: {tmp_path / 'teacher'}, dtype: float32, batch_size: 4, layout: stacked}}"
+  overrides = ["rounds=1", "mesh.fsdp=4", "mesh.tensor=2", f"teacher={teacher}"]
+  settings = load_config(config, overrides)
+  with pytest.raises(Stop):
+    run(settings, stopping_at("round_00/judge", 8))
+  assert len(list((tmp_path / "run" / "round_00" / "judge.partial").glob("*.parquet"))) == 2
+  run(settings, QUIET)
+  run(load_config(config, [*overrides, f"run={tmp_path / 'undisturbed'}"]), QUIET)
+  assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "undisturbed")
+  tables = [pq.read_table(tmp_path / name / "round_00" / "verdicts.parquet") for name in ("run", "undisturbed")]
+  assert tables[0].equals(tables[1]) and tables[0].num_rows == 16
+  assert {path.name for path in (tmp_path / "run").iterdir()} >= {"verdicts.sqlite", "report.html"}
+  entry = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["round_01/judge"]
+  assert entry["reads"]["teacher_0"] and entry["counts"]["teacher"].startswith("reward_model teacher ")
 
 
 class Stop(Exception):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 import tokenizers
 import torch
@@ -103,10 +104,10 @@ TEMPLATE = (
 )
 
 
-def tokenizer(folder: pathlib.Path, *, template: str | None = TEMPLATE) -> None:
+def tokenizer(folder: pathlib.Path, *, template: str | None = TEMPLATE, words: Sequence[str] = WORDS) -> None:
   """Saves a tokenizer of whole words, with a chat template, that fits the tiny decoders' vocabulary."""
   special = ["<pad>", "<s>", "<end>", "<unk>", "<user>", "<assistant>", "<system>"]
-  vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
+  vocabulary = {word: index for index, word in enumerate([*special, *words])}
   assert len(vocabulary) <= SIZES["vocab_size"]
   core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
   core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -119,9 +120,10 @@ def tokenizer(folder: pathlib.Path, *, template: str | None = TEMPLATE) -> None:
   wrapped.save_pretrained(folder)
 
 
-def bert_tokenizer(folder: pathlib.Path) -> None:
-  """Saves a BERT tokenizer over the same words."""
-  vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+def bert_tokenizer(folder: pathlib.Path, *, pad: int = 0) -> None:
+  """Saves a BERT tokenizer over the same words, whose padding token is 0, or 1 as RoBERTa has it."""
+  special = ["[PAD]", "[UNK]"] if pad == 0 else ["[UNK]", "[PAD]"]
+  vocabulary = {word: index for index, word in enumerate([*special, "[CLS]", "[SEP]", "[MASK]", *WORDS])}
   hf.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
 
 

@@ -18,18 +18,18 @@ from jax.sharding import Mesh
 from rich import box
 from rich.table import Table
 
-from tsalign_jax.config import Config
+from tsalign_jax.config import Config, LoRA
 from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.files import read_prompts
 from tsalign_jax.data.packing import Item, Packing
 from tsalign_jax.models.config import DecoderConfig
-from tsalign_jax.models.loading import ModelHandle, language_model, reward_model, wide
-from tsalign_jax.models.lora import adapted_skeleton, fresh_adapters
+from tsalign_jax.models.loading import ModelHandle, language_model, reward_model
+from tsalign_jax.models.lora import trained_part
 from tsalign_jax.ops.einsum import wide_matmul
 from tsalign_jax.parallel.mesh import batch_ways, make_mesh
 from tsalign_jax.sampling.engine import build_sampler
 from tsalign_jax.scoring.reward import Encoded, build_reward_engine
-from tsalign_jax.training import align, distil
+from tsalign_jax.training import align, reward
 from tsalign_jax.training.optimizer import build_trainer
 from tsalign_jax.types import Conversation, UserError
 
@@ -173,22 +173,18 @@ def _align(config: Config, model: ModelHandle, mesh: Mesh, params, sampled: Samp
   logps, seconds = _timed(known, runs)
   yield Phase("reference", "pairs", len(pairs), _flops(model, pairs), None, seconds)
 
-  skeleton = adapted_skeleton(model, settings.lora)
-  trainer = build_trainer(align.build_loss(model, mesh, settings), settings, len(steps), skeleton, mesh)
-  if settings.lora:
-    trainable, frozen = fresh_adapters(skeleton, jax.random.key(0), mesh), params
-  else:
-    trainable, frozen = wide(params), {}
+  part = trained_part(model, settings.lora, lambda: params, jax.random.key(0), mesh)
+  trainer = build_trainer(align.build_loss(model, mesh, settings), settings, len(steps), part.skeleton, mesh)
+  trainable = part.load()
   state = [trainable, trainer.init(trainable)]
 
   def epoch():
     for step in steps:
-      *state[:], metrics = trainer.step(state[0], frozen, state[1], align.make_batches(packing, step, logps, mesh))
+      *state[:], metrics = trainer.step(state[0], part.frozen, state[1], align.make_batches(packing, step, logps, mesh))
     return metrics
 
-  backward = 2 if settings.lora else 3  # of frozen weights no gradient is computed
   _, seconds = _timed(epoch, runs)
-  yield Phase("align", "pairs", len(pairs), backward * _flops(model, pairs), None, seconds)
+  yield Phase("align", "pairs", len(pairs), _backward(settings.lora) * _flops(model, pairs), None, seconds)
 
 
 def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, runs: int) -> Iterator[Phase]:
@@ -200,20 +196,28 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
   responses = sum(len(item.responses) for item in items)
   yield Phase("score", "responses", responses, _flops(model, _as_items(items)), None, seconds)
 
-  pairs = [engine.encode(prompt, texts[:2]) for prompt, texts in zip(sampled.prompts, sampled.texts, strict=True)]
+  two_of_each = [texts[:2] for texts in sampled.texts]
+  pairs = [reward.Example(engine.encode(*each), 0.0) for each in zip(sampled.prompts, two_of_each, strict=True)]
   steps = _steps(len(pairs), settings.batch_size)
-  trainer = build_trainer(distil.build_loss(engine, settings), settings, len(steps), model.skeleton, mesh)
-  trainable = wide(params)
+  part = trained_part(model, settings.lora, lambda: params, jax.random.key(0), mesh)
+  trainer = build_trainer(reward.build_loss(engine, settings), settings, len(steps), part.skeleton, mesh)
+  trainable = part.load()
   state = [trainable, trainer.init(trainable)]
 
   def epoch():
     for step in steps:
-      parts = distil.make_batches(engine, pairs, step, settings.microbatch_tokens)
-      *state[:], metrics = trainer.step(state[0], {}, state[1], parts)
+      parts = reward.make_batches(engine, pairs, step, settings.microbatch_tokens)
+      *state[:], metrics = trainer.step(state[0], part.frozen, state[1], parts)
     return metrics
 
   _, seconds = _timed(epoch, runs)
-  yield Phase("distil", "pairs", len(pairs), 3 * _flops(model, _as_items(pairs)), None, seconds)
+  flops = _flops(model, _as_items([pair.item for pair in pairs]))
+  yield Phase("distil", "pairs", len(pairs), _backward(settings.lora) * flops, None, seconds)
+
+
+def _backward(lora: LoRA | None) -> int:
+  """Operations of a training step, as a multiple of the forward pass: no gradient is computed of frozen weights."""
+  return 2 if lora else 3
 
 
 def _steps(pairs: int, size: int) -> list[range]:

@@ -53,6 +53,33 @@ def run(
   console.print(f"Report: {settings.run / 'report.html'}", soft_wrap=True)
 
 
+@app.command("train-reward")
+def train_reward(
+  config: ConfigFile,
+  overrides: Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Replace values of the file, such as training.learning_rate=1e-5."),
+  ] = None,
+) -> None:
+  """Train a reward model on preference pairs, or continue a training.
+
+  It can be a decoder or an encoder, and serve as teacher (kind reward_model) or as student. The folder that the key
+  `run` names gets the model as a Hugging Face folder, which transformers loads, and metrics.json: its accuracy on
+  held-out pairs, with a 95% interval, beside that of choosing the longer response.
+
+  The same command continues a training that was stopped at any point.
+  """
+  from tsalign_jax.config import RewardConfig, load_config
+  from tsalign_jax.progress import terminal_progress
+  from tsalign_jax.report.reward import reward_summary
+  from tsalign_jax.train_reward import train_reward as train
+
+  settings = load_config(config, overrides or [], RewardConfig)
+  train(settings, terminal_progress(console))
+  console.print(reward_summary(settings.run), highlight=False)
+  console.print(f"Model: {settings.run / 'model'}", soft_wrap=True)
+
+
 @app.command()
 def bench(
   config: ConfigFile,

@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -20,7 +20,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Ways = Literal[-1] | Count
-LinearMap = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LinearMap = Literal[
+  *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),  # decoders
+  *("query", "key", "value", "attention_output", "up", "down"),  # BERT, RoBERTa
+  *("attn_qkv", "attn_out", "mlp_in", "mlp_out"),  # ModernBERT
+]
 
 
 class Section(BaseModel):
@@ -61,13 +65,18 @@ class WarmStart(Section):
   """Passes over these pairs."""
 
 
-class Student(Model):
-  """The small reward model that scores every response: a decoder or an encoder."""
+class RewardModel(Model):
+  """A model that scores responses: a decoder or an encoder."""
 
   max_tokens: Count = 512
   """Longest prompt plus response it reads; longer ones lose the start of the prompt, and are counted."""
   batch_size: Count = 32
   """Prompts (decoder) or sequences (encoder) scored at once."""
+
+
+class Student(RewardModel):
+  """The small reward model that scores every response."""
+
   warm_start: WarmStart | None = None
   """Train a first student S(0) on teacher-labelled pairs; null takes the folder's reward head as it is."""
 
@@ -138,6 +147,17 @@ class ChecksTeacher(Section):
   def sources(self) -> list[str]:
     """Files that the verdicts depend on."""
     return list(self.plugins)
+
+
+class RewardModelTeacher(RewardModel):
+  """A Hugging Face reward model (one label) that scores each response; the higher score wins, equal ones are a tie."""
+
+  kind: Literal["reward_model"] = "reward_model"
+  """Which kind of teacher this is."""
+
+  def sources(self) -> list[str | Path]:
+    """What the verdicts depend on: the model's folder."""
+    return [self.path]
 
 
 class Endpoint(Section):
@@ -241,7 +261,7 @@ class RankerTeacher(ChatTeacher):
     return [self.template, *([self.demonstrations] if self.demonstrations else [])]
 
 
-SingleTeacher = ChecksTeacher | JudgeTeacher | RankerTeacher
+SingleTeacher = ChecksTeacher | RewardModelTeacher | JudgeTeacher | RankerTeacher
 
 
 class EnsembleTeacher(Section):
@@ -254,8 +274,8 @@ class EnsembleTeacher(Section):
   vote: Literal["majority", "mean"] = "majority"
   """The verdict of more than half of the members, or the side of 0.5 on which their mean probability lies."""
 
-  def sources(self) -> list[str]:
-    """Files that the verdicts depend on."""
+  def sources(self) -> list[str | Path]:
+    """Files and folders that the verdicts depend on."""
     return [source for member in self.members for source in member.sources()]
 
 
@@ -296,8 +316,8 @@ class LoRA(Section):
   """Rank of each adapter."""
   alpha: Positive = 32.0
   """Scale: the adapter's output is multiplied by alpha / rank."""
-  targets: tuple[LinearMap, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-  """Names of the linear maps that get one."""
+  targets: Annotated[tuple[LinearMap, ...], Field(min_length=1)] | None = None
+  """Names of the linear maps that get one, in every layer; null: all that the model has."""
 
 
 class Align(Optimizer):
@@ -315,13 +335,24 @@ class Align(Optimizer):
   """Train adapters instead of all weights."""
 
 
-class Distil(Optimizer):
-  """How the student learns from the teacher's verdicts."""
+class RewardTraining(Optimizer):
+  """How a reward model learns from pairs."""
 
   loss: Literal["bradley_terry", "margin"] = "bradley_terry"
   """Logistic in the score difference, or hinge at `margin`."""
   margin: Positive = 1.0
   """Score difference the hinge asks for."""
+  label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+  """Assumed share of pairs that stand the wrong way round."""
+  center_rewards_coefficient: Annotated[float, Field(ge=0)] = 0.0
+  """Weight of the squared sum of a pair's scores, which keeps their mean near 0; 0.01 is usual."""
+  lora: LoRA | None = None
+  """Train adapters and the reward head instead of all weights."""
+
+
+class Distil(RewardTraining):
+  """How the student learns from the teacher's verdicts."""
+
   replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
   """Share of the pairs seen that come from earlier: warm start, earlier rounds and `replay`."""
   replay: str | None = None
@@ -366,7 +397,7 @@ class Config(Section):
   student: Student
   """The small reward model that scores everything and picks the pairs."""
   teacher: Annotated[AnyTeacher, BeforeValidator(_checks_by_default)] = ChecksTeacher()
-  """Who decides which of two responses is better: checks, llm_judge, ranker or ensemble (`kind`)."""
+  """Who decides which of two responses is better: checks, reward_model, llm_judge, ranker or ensemble (`kind`)."""
   prompts: Prompts
   """What the policy answers."""
   sampling: Sampling = Sampling()
@@ -383,7 +414,40 @@ class Config(Section):
   """How devices are arranged."""
 
 
-def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
+class Pairs(Section):
+  """Preference pairs: jsonl or parquet files in TRL's format, or datasets as NAME@SPLIT."""
+
+  train: Annotated[tuple[str, ...], Field(min_length=1)]
+  """Pairs to learn from: a list of sources. Over-long ones, and those whose prompt is held out, are dropped."""
+  heldout: str
+  """Pairs to measure the accuracy on."""
+  margin: str | None = None
+  """Column of the training pairs that says by how much the chosen response's score should be ahead; null: none."""
+
+
+class RewardConfig(Section):
+  """A training of a reward model, to be a teacher or a student: `tsalign train-reward`."""
+
+  run: Path
+  """The run folder: everything the training writes. The same command on the same folder continues."""
+  seed: Annotated[int, Field(ge=0)] = 0
+  """Everything random is derived from it."""
+  model: RewardModel
+  """What is trained: a reward model, or a language model or encoder, which gets a new reward head."""
+  pairs: Pairs
+  """What it learns from, and is measured on."""
+  training: RewardTraining = RewardTraining()
+  """How it learns."""
+  resamples: Count = 2000
+  """Bootstrap resamples of the held-out prompts behind the 95% intervals."""
+  mesh: Mesh = Mesh()
+  """How devices are arranged."""
+
+
+AnyConfig = TypeVar("AnyConfig", Config, RewardConfig)
+
+
+def load_config(file: Path, overrides: Sequence[str] = (), schema: type[AnyConfig] = Config) -> AnyConfig:
   """The configuration in a YAML file with `key.subkey=value` overrides; paths are relative to where you are.
 
   Raises UserError that names the key, what was wrong and what is allowed.
@@ -400,12 +464,12 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
   for override in overrides:
     _override(content, override)
   try:
-    return Config.model_validate(content)
+    return schema.model_validate(content)
   except ValidationError as error:
-    raise UserError(f"{file}: {_explain(error.errors()[0])}") from error
+    raise UserError(f"{file}: {_explain(error.errors()[0], schema)}") from error
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: Config | RewardConfig) -> str:
   """The configuration as YAML, every field spelled out."""
   return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
@@ -439,9 +503,9 @@ def _override(content: dict, override: str) -> None:
     raise UserError(f"{override!r}: {value!r} is not a YAML value") from error
 
 
-def _explain(error: dict) -> str:
+def _explain(error: dict, schema: type[BaseModel]) -> str:
   """One sentence for pydantic's first complaint."""
-  place, section, kinds = _walk(error["loc"])
+  place, section, kinds = _walk(error["loc"], schema)
   key = ".".join(place)
   if error["type"] == "extra_forbidden":
     known = list(section.model_fields)
@@ -464,14 +528,15 @@ def _explain(error: dict) -> str:
   )
 
 
-def _walk(place: Sequence[str | int]) -> tuple[list[str], type[BaseModel], dict[str, type[BaseModel]]]:
+def _walk(
+  place: Sequence[str | int], section: type[BaseModel]
+) -> tuple[list[str], type[BaseModel], dict[str, type[BaseModel]]]:
   """The keys of an error's place, the section they lead to, and the kinds to choose from where a kind is wrong.
 
   Where sections are told apart by their `kind`, pydantic's place names it between the keys:
   (teacher, llm_judge, modle) is the key teacher.modle.
   """
   keys: list[str] = []
-  section: type[BaseModel] = Config
   kinds: dict[str, type[BaseModel]] = {}
   for part in place:
     if part in kinds:

@@ -6,22 +6,24 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tsalign_jax.config import Config, changed_keys, dump_config, load_config
-from tsalign_jax.data.chat import Chat, load_tokenizer
+from tsalign_jax.config import Config, RewardConfig, changed_keys, dump_config, load_config
+from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.files import read_preferences, read_prompts
 from tsalign_jax.manifest import Manifest, fingerprint, write_json
-from tsalign_jax.models.config import DecoderConfig, read_config
 from tsalign_jax.models.hf import WeightFiles
 from tsalign_jax.models.loading import policy_config
+from tsalign_jax.models.lora import check_targets
 from tsalign_jax.parallel.mesh import make_mesh
-from tsalign_jax.recipes.ts_align import Step, round_name, ts_align
+from tsalign_jax.recipes.step import Step
+from tsalign_jax.recipes.ts_align import round_name, ts_align
 from tsalign_jax.report.html import write_report
+from tsalign_jax.scoring.reward import check_reader
 from tsalign_jax.stages.base import Job, Progress
 from tsalign_jax.teachers.base import Teacher
 from tsalign_jax.teachers.build import build_teacher
@@ -38,21 +40,39 @@ def run(config: Config, progress_of: Callable[[str], Progress]) -> None:
   and for a run folder that holds another configuration or damaged files.
   """
   teacher = _check_inputs(config)
+
+  def done(step: Step, manifest: Manifest) -> None:
+    if step.stage_name == "evaluate":
+      write_metrics(config.run, manifest, step.folder)
+      write_report(config.run)
+
+  run_steps(config, list(ts_align(config)), progress_of, lambda: _check_teacher(config.run, teacher), done)
+
+
+def run_steps(
+  config: Config | RewardConfig,
+  steps: Sequence[Step],
+  progress_of: Callable[[str], Progress],
+  ready: Callable[[], None],
+  done: Callable[[Step, Manifest], None],
+) -> None:
+  """Runs those of the steps that have not committed yet, in the configuration's run folder.
+
+  `ready` is called before the first, when what is there has been found sound; `done` after each, also after one that
+  had committed before. Raises UserError for a run folder that holds another configuration or damaged files.
+  """
   with _locked(config.run):
     _check_config(config)
     manifest, mesh = Manifest(config.run), functools.cache(lambda: make_mesh(**config.mesh.model_dump()))
-    steps = list(ts_align(config))
     committed = [step for step in steps if step.name in manifest.stages]
     for step in committed:
       manifest.verify(step.name, step.reads)
       _clean(config.run, step)
-    _check_teacher(config.run, teacher)
+    ready()
     for step in steps:
       if step not in committed:
         _execute(step, config, mesh, manifest, progress_of(step.name))
-      if step.name.endswith("/evaluate"):
-        write_metrics(config.run, manifest, step.folder)
-        write_report(config.run)
+      done(step, manifest)
 
 
 def write_metrics(run: Path, manifest: Manifest, folder: str) -> None:
@@ -73,7 +93,7 @@ def write_metrics(run: Path, manifest: Manifest, folder: str) -> None:
   write_json(run / "metrics.json", metrics)
 
 
-def _execute(step: Step, config: Config, mesh, manifest: Manifest, progress: Progress) -> None:
+def _execute(step: Step, config: Config | RewardConfig, mesh, manifest: Manifest, progress: Progress) -> None:
   """Runs one stage into a folder of its own, moves what it wrote into place, and commits."""
   started = time.monotonic()
   folder, (partial, out) = config.run / step.folder, _workplaces(config.run, step)
@@ -101,8 +121,7 @@ def _execute(step: Step, config: Config, mesh, manifest: Manifest, progress: Pro
 
 def _workplaces(run: Path, step: Step) -> tuple[Path, Path]:
   """Where a stage keeps what it needs to resume, and where it writes before it commits."""
-  name = step.name.split("/")[1]
-  return run / step.folder / f"{name}.partial", run / step.folder / f"{name}.out"
+  return run / step.folder / f"{step.stage_name}.partial", run / step.folder / f"{step.stage_name}.out"
 
 
 def _clean(run: Path, step: Step) -> None:
@@ -122,17 +141,17 @@ def _check_same_inputs(step: Step, file: Path, reads: dict[str, str]) -> None:
 
 def _check_inputs(config: Config) -> Teacher:
   """The teacher. Raises whatever is wrong with it, models or files, before a device is touched or a file written."""
-  policy, student = policy_config(config.policy), read_config(config.student.path)
+  policy, student = policy_config(config.policy), check_reader(config.student.path)
   Chat.load(config.policy.path)
+  WeightFiles(config.policy.path)
+  check_targets(config.align.lora, policy, "align")
+  check_targets(config.distil.lora, student, "distil")
   longest = config.prompts.max_tokens + config.sampling.max_new_tokens
   if longest > policy.max_tokens:
     raise UserError(
       f"prompts.max_tokens + sampling.max_new_tokens = {longest}, but {config.policy.path} has positions for "
       f"{policy.max_tokens} tokens; lower one of them"
     )
-  (Chat.load if isinstance(student, DecoderConfig) else load_tokenizer)(config.student.path)
-  for folder in (config.policy.path, config.student.path):
-    WeightFiles(folder)
   if config.student.warm_start is None and not student.reward_head:
     raise UserError(f"student.path: {config.student.path} has no reward head; set student.warm_start to train one")
   teacher = build_teacher(config)
@@ -143,11 +162,11 @@ def _check_inputs(config: Config) -> Teacher:
   return teacher
 
 
-def _check_config(config: Config) -> None:
+def _check_config(config: Config | RewardConfig) -> None:
   """The run folder's configuration is this one, but for keys that may grow; a new folder gets this one."""
   file = config.run / "config.yaml"
   if file.exists():
-    before, now = (yaml.safe_load(dump_config(each)) for each in (load_config(file), config))
+    before, now = (yaml.safe_load(dump_config(each)) for each in (load_config(file, schema=type(config)), config))
     for key, old, new in changed_keys(before, now):
       if key != "run" and not _may_change(key, old, new):
         raise UserError(

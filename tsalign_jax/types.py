@@ -87,11 +87,15 @@ class Ranking:
 
 
 class PreferencePair(NamedTuple):
-  """A prompt with a better and a worse response, as text: what crosses from one tokenizer to another."""
+  """A prompt with a better and a worse response, as text: what crosses from one tokenizer to another.
+
+  `margin` is by how much the score of the better one should be ahead.
+  """
 
   prompt: Conversation
   chosen: str
   rejected: str
+  margin: float = 0.0
 
 
 @jax.tree_util.register_dataclass

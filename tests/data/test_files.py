@@ -60,6 +60,21 @@ def test_preference_row_without_rejected_is_named(tmp_path):
     read_preferences(jsonl(tmp_path, FORMATS["text"], {"prompt": "hi", "chosen": "good"}))
 
 
+def test_margin_is_read_from_the_column_that_is_named(tmp_path):
+  rows = [FORMATS["implicit prompt"] | {"margin": 9, "strength": value} for value in (2, 0.5)]
+  assert read_preferences(jsonl(tmp_path, *rows)) == [PAIR, PAIR]
+  assert read_preferences(jsonl(tmp_path, *rows), margin="strength") == [PAIR._replace(margin=m) for m in (2.0, 0.5)]
+
+
+@pytest.mark.parametrize("value", [None, "2", True, float("nan"), float("inf")])
+def test_margin_that_is_no_number_is_named(value, tmp_path):
+  rows = [FORMATS["text"] | {"margin": 1.0}, FORMATS["text"] | {"margin": value}]
+  with pytest.raises(UserError, match="row 2: `margin`, its margin, is a number, this one is"):
+    read_preferences(jsonl(tmp_path, *rows), margin="margin")
+  with pytest.raises(UserError, match="row 1: no `strength`, which was to be its margin; its keys are prompt"):
+    read_preferences(jsonl(tmp_path, *rows), margin="strength")
+
+
 def test_empty_file_is_refused(tmp_path):
   with pytest.raises(UserError, match="there is no row in it"):
     read_prompts(jsonl(tmp_path))

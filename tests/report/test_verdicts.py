@@ -12,7 +12,7 @@ from teachers.asked import pair
 from tsalign_jax.data.tables import COMPARISONS, VERDICTS, write_table
 from tsalign_jax.report.verdicts import verdict_tables
 from tsalign_jax.teachers.ledger import FILE, Ledger, Outcome
-from tsalign_jax.teachers.store import Price
+from tsalign_jax.teachers.store import STORE, Price, Score, ScoreStore
 from tsalign_jax.types import UserError
 
 
@@ -69,6 +69,16 @@ def test_teacher_is_named_and_members_have_their_own_lines(run):
   assert ["Verdicts", "of", "ensemble", "[x]"] in printed
   assert ["judge", "[0]", "1", "1", "0", "0", "0", "0", "100"] in printed
   assert ["judge", "[1]", "1", "0", "1", "0", "0", "0", "0"] in printed
+
+
+def test_reward_models_have_a_table_of_what_they_scored(run):
+  store = ScoreStore(run / STORE)
+  store.put("reward_model [x]", {"a": Score(1.5, 900, False, 0.5), "b": Score(-1.0, 334, True, 0.25)})
+  store.put("reward_model y", {"c": Score(2.0, 7, False, 0.0)})
+  store.close()
+  printed = lines(run)
+  assert ["reward_model", "[x]", "2", "1,234", "1", "0.8", "2.7"] in printed
+  assert ["reward_model", "y", "1", "7", "0", "0.0", "0.0"] in printed
 
 
 async def spend(file):

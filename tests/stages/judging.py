@@ -16,7 +16,7 @@ from tsalign_jax import loop
 from tsalign_jax.config import Config, load_config
 from tsalign_jax.data.tables import CANDIDATES, PROMPTS, RESPONSES, write_table
 from tsalign_jax.progress import terminal_progress
-from tsalign_jax.recipes.ts_align import Step
+from tsalign_jax.recipes.step import Step
 from tsalign_jax.stages.base import Job
 from tsalign_jax.stages.judge import judge
 from tsalign_jax.stages.pair import pair

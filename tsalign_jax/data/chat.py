@@ -37,12 +37,22 @@ class Chat:
 
     >>> chat.prompt_tokens([{"role": "user", "content": "Hi"}])   # <|im_start|>user Hi <|im_end|> <|im_start|>assistant
     """
+    return self._tokens(self.text_of(messages, answer_follows=True))
+
+  def conversation_tokens(self, messages: Conversation) -> list[int]:
+    """A conversation up to the end of its last turn, whatever the template writes there: what a reward model reads.
+
+    >>> chat.conversation_tokens([user, answer])   # <|im_start|>user Hi <|im_end|> <|im_start|>assistant Yes <|im_end|>
+    """
+    return self._tokens(self.text_of(messages, answer_follows=False))
+
+  def text_of(self, messages: Conversation, *, answer_follows: bool) -> str:
+    """The conversation as the template writes it. Raises UserError where the template refuses it."""
     try:
-      text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+      return self.tokenizer.apply_chat_template(messages, add_generation_prompt=answer_follows, tokenize=False)
     except TemplateError as error:  # such as a system turn, where a model knows none
       start = messages[0]["content"][:60]
       raise UserError(f"the chat template refuses the prompt that begins {start!r}: {error}") from error
-    return self._one_bos(self.tokenizer.encode(text, add_special_tokens=False))
 
   def response_tokens(self, response: str) -> list[int]:
     """Tokens of a response that the model did not sample, with the token that ends a turn."""
@@ -52,7 +62,9 @@ class Chat:
     """What a person reads: without special tokens and surrounding space."""
     return self.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
 
-  def _one_bos(self, tokens: list[int]) -> list[int]:
+  def _tokens(self, text: str) -> list[int]:
+    """The tokens of a templated text, which brings its own special tokens."""
+    tokens = self.tokenizer.encode(text, add_special_tokens=False)
     bos = self.tokenizer.bos_token_id
     if bos is None:
       return tokens

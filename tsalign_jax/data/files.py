@@ -1,6 +1,7 @@
 """Prompts and preference pairs from files, in the formats that TRL reads."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,19 @@ def read_prompts(source: str) -> list[Prompt]:
   return prompts
 
 
-def read_preferences(source: str) -> list[PreferencePair]:
-  """The preference pairs of a file or dataset: prompt (or a shared start), chosen and rejected, text or messages."""
+def read_preferences(source: str, *, margin: str | None = None) -> list[PreferencePair]:
+  """The preference pairs of a file or dataset: prompt (or a shared start), chosen and rejected, text or messages.
+
+  `margin` names the column that holds by how much the chosen response is better; without it all margins are 0.
+  """
   pairs = []
   for index, row in enumerate(read_rows(source)):
     where = f"{source}: row {index + 1}"
     for key in ("chosen", "rejected"):
       if key not in row:
         raise UserError(f"{where}: no `{key}`; its keys are {', '.join(row)}")
-    pairs.append(_preference(row, where))
+    pair = _preference(row, where)
+    pairs.append(pair._replace(margin=_margin(row, margin, where)) if margin else pair)
   if not pairs:
     raise UserError(f"{source}: there is no row in it")
   return pairs
@@ -96,6 +101,15 @@ def _preference(row: dict, where: str) -> PreferencePair:
   if "prompt" not in row:
     raise UserError(f"{where}: no `prompt`, and chosen and rejected are not conversations that begin with one")
   return PreferencePair(conversation(row["prompt"], where), _response(chosen, where), _response(rejected, where))
+
+
+def _margin(row: dict, column: str, where: str) -> float:
+  if column not in row:
+    raise UserError(f"{where}: no `{column}`, which was to be its margin; its keys are {', '.join(row)}")
+  value = row[column]
+  if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    raise UserError(f"{where}: `{column}`, its margin, is a number, this one is {value!r}")
+  return float(value)
 
 
 def _response(value: Any, where: str) -> str:

@@ -64,6 +64,16 @@ PAIRS = pa.schema(
     ("dropped", pa.string()),
   ]
 )
+REWARD_SCORES = pa.schema(
+  [
+    ("row", pa.int64()),  # of the held-out pairs
+    ("chosen_score", pa.float64()),
+    ("rejected_score", pa.float64()),
+    ("chosen_length", pa.int64()),  # in characters
+    ("rejected_length", pa.int64()),
+    ("cut", pa.bool_()),  # the model did not read all of it
+  ]
+)
 COMPARISONS = pa.schema(
   [
     ("prompt_id", pa.int64()),

@@ -49,7 +49,7 @@ class DecoderRewardModel(nnx.Module):
     last = prompt + jnp.arange(k) * response + batch.branch_length - 1
     last = jnp.where(batch.branch_length > 0, last, prompt - 1)
     at_last = jnp.take_along_axis(hidden, last[..., None], axis=1)
-    return self.score(at_last).astype(jnp.float32)[..., 0]
+    return _reward(self.score, at_last)
 
 
 class EncoderRewardModel(nnx.Module):
@@ -81,7 +81,13 @@ class EncoderRewardModel(nnx.Module):
     hidden = self.model(tokens, mask, token_types, dtype=dtype, remat=remat)
     pooled = hidden[:, 0] if self.config.pooling == "cls" else _mean(hidden, mask)
     pooled = ACTIVATIONS[self.config.classifier_activation](self.dense(pooled))
-    return self.out(pooled if self.norm is None else self.norm(pooled)).astype(jnp.float32)[:, 0]
+    return _reward(self.out, pooled if self.norm is None else self.norm(pooled))
+
+
+def _reward(head: Linear, pooled: Float[Array, "*batch embed"]) -> Float[Array, "*batch"]:
+  """A head's one output, in float32: rounded to bfloat16, different responses would often tie."""
+  reward = wide_dot(pooled, head.kernel[...])[..., 0]
+  return reward if head.bias is None else reward + head.bias[...].astype(jnp.float32)
 
 
 def _mean(hidden, mask):

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
-from tsalign_jax.models.config import DECODERS, ENCODERS, ModelConfig
+from tsalign_jax.data.chat import Chat
+from tsalign_jax.models.config import DECODERS, ENCODERS, DecoderConfig, ModelConfig
 from tsalign_jax.models.functional import Params, ParamSpec, Skeleton
 from tsalign_jax.models.shards import write_shards
 from tsalign_jax.types import UserError
@@ -181,6 +182,8 @@ def save_params(params: Params, skeleton: Skeleton, config: ModelConfig, source:
     if (Path(source) / file).is_file():
       shutil.copyfile(Path(source) / file, target / file)
   _write_config(target / "config.json", config, dtype)
+  if isinstance(config, DecoderConfig) and config.reward_head:
+    _write_padding(target)
   write_shards(target, dict(hf_tensors(params, skeleton, config, dtype)))
 
 
@@ -223,3 +226,23 @@ def _write_config(file: Path, config: ModelConfig, dtype) -> None:
     content["architectures"] = [names[config.family]]
     content |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
   file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_padding(folder: Path) -> None:
+  """Names one padding token in configuration and tokenizer, such that no conversation ends with it.
+
+  transformers reads a decoder's score at the last token that is not padding, and refuses batches without such a token.
+  """
+  chat = Chat.load(folder)
+  turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
+  last, tokenizer = chat.conversation_tokens(turns)[-1], chat.tokenizer
+  candidates = [tokenizer.pad_token_id, *sorted(tokenizer.all_special_ids), 0, 1]
+  padding = next(token for token in candidates if token not in (None, last))
+  _update_json(folder / "config.json", {"pad_token_id": padding})
+  if padding != tokenizer.pad_token_id:
+    _update_json(folder / "tokenizer_config.json", {"pad_token": tokenizer.convert_ids_to_tokens(padding)})
+
+
+def _update_json(file: Path, changes: Mapping[str, Any]) -> None:
+  content = json.loads(file.read_text()) if file.is_file() else {}
+  file.write_text(json.dumps(content | changes, indent=2) + "\n")

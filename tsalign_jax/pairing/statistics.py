@@ -9,6 +9,11 @@ from tsalign_jax.types import Verdict
 POINTS = {Verdict.FIRST: 1.0, Verdict.TIE: 0.5, Verdict.SECOND: 0.0}
 
 
+def sign(margin: float) -> Verdict:
+  """The verdict that a score difference (first minus second) stands for; a TIE only where the scores are equal."""
+  return Verdict.FIRST if margin > 0 else Verdict.SECOND if margin < 0 else Verdict.TIE
+
+
 def win_rate(verdicts: Sequence[Sequence[Verdict]]) -> float:
   """Wins plus half of the ties, over all decided comparisons; one inner list a prompt. NaN without any."""
   points = [POINTS[verdict] for row in verdicts for verdict in row if verdict in POINTS]

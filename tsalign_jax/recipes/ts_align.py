@@ -3,14 +3,12 @@
 A recipe is the list of its stages: what each reads and writes. Nothing happens here.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from tsalign_jax.config import Config, Sampling
+from tsalign_jax.recipes.step import Step, files_of
 from tsalign_jax.stages.align import align
-from tsalign_jax.stages.base import Stage
 from tsalign_jax.stages.distil import distil
 from tsalign_jax.stages.evaluate import evaluate
 from tsalign_jax.stages.judge import judge
@@ -21,28 +19,12 @@ from tsalign_jax.stages.sample import sample
 from tsalign_jax.stages.score import score
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-  """One stage of a run: its name, function, inputs (run-relative where inside) and outputs in its round's folder."""
-
-  name: str
-  stage: Stage
-  reads: Mapping[str, Path]
-  writes: Mapping[str, str]
-  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-  @property
-  def folder(self) -> str:
-    """The round's folder in the run folder."""
-    return self.name.split("/")[0]
-
-
 def ts_align(config: Config) -> Iterator[Step]:
   """Every stage of the run in order."""
   run = config.run
   start = run / "round_00"
   train, heldout = start / "train_prompts.parquet", start / "heldout_prompts.parquet"
-  files = _files({"train": config.prompts.train, "heldout": config.prompts.heldout})
+  files = files_of({"train": config.prompts.train, "heldout": config.prompts.heldout})
   yield Step(
     "round_00/prepare", prepare, files, {"train": "train_prompts.parquet", "heldout": "heldout_prompts.parquet"}
   )
@@ -147,16 +129,11 @@ def _distil(config: Config, name: str, student: Path, replay: Mapping[str, Path]
     "pairs": config.run / name / "pairs.parquet",
     "student": student,
     **replay,
-    **_files({"human": settings.replay}),
+    **files_of({"human": settings.replay}),
   }
   return Step(f"{name}/distil", distil, reads, {"student": "student", "log": "distil.jsonl"}, {"settings": settings})
 
 
 def _teacher_files(config: Config) -> dict[str, Path]:
-  """Files that a teacher's verdicts depend on."""
-  return _files({f"teacher_{index}": source for index, source in enumerate(config.teacher.sources())})
-
-
-def _files(sources: Mapping[str, str | None]) -> dict[str, Path]:
-  """Those of the sources that are files, and so can be recorded and verified."""
-  return {name: Path(source) for name, source in sources.items() if source and Path(source).is_file()}
+  """Files and models' folders that a teacher's verdicts depend on."""
+  return files_of({f"teacher_{index}": source for index, source in enumerate(config.teacher.sources())})

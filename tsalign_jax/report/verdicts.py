@@ -13,6 +13,7 @@ from tsalign_jax.data.tables import Rows, read_table
 from tsalign_jax.report.words import percent
 from tsalign_jax.teachers import ledger
 from tsalign_jax.teachers.statistics import Judged, by_member, statistics
+from tsalign_jax.teachers.store import STORE, Scored, scored
 from tsalign_jax.types import UserError, Verdict
 
 _COUNTS = {Verdict.FIRST: "1st", Verdict.SECOND: "2nd", Verdict.TIE: "tie", Verdict.INCONSISTENT: "incon-\nsistent"}
@@ -26,16 +27,17 @@ _MEANING = (
 
 
 def verdict_tables(run: Path) -> list[Table]:
-  """Verdicts by stage, for the teacher and for each member of an ensemble, and a bill if there was anything to pay."""
-  sets, bill = _judged(run), ledger.accounts(run / ledger.FILE)
+  """Verdicts by stage, for the teacher and for each member of an ensemble; what was scored; a bill of what was paid."""
+  sets, bill, scores = _judged(run), ledger.accounts(run / ledger.FILE), scored(run / STORE)
   everything = [each for judged in sets.values() for each in judged]
-  if not (everything or bill):
+  if not (everything or bill or scores):
     raise UserError(f"{run}: nothing has been judged yet")
   tables = [_verdicts({**sets, "all": everything}, f"Verdicts of {escape(_teacher(run))}")] if everything else []
   if members := by_member(everything):
     tables.append(_verdicts(members, "Verdicts of its members"))
   if tables:
     tables[-1].caption = _MEANING
+  tables += [_scores(scores)] if scores else []
   return [*tables, _bill(bill)] if bill else tables
 
 
@@ -83,6 +85,16 @@ def _verdicts(sets: dict[str, list[Judged]], title: str) -> Table:
 
 def _points(share: float | None) -> str:
   return percent(share, 0).rstrip("%")
+
+
+def _scores(scores: Sequence[Scored]) -> Table:
+  table = _table("Responses scored by reward models", ["", "responses", "tokens", "cut", "seconds", "responses/s"])
+  for each in scores:
+    speed = each.responses / each.seconds if each.seconds else 0.0
+    counts = (f"{count:,}" for count in (each.responses, each.tokens, each.cut))
+    table.add_row(escape(each.teacher), *counts, f"{each.seconds:,.1f}", f"{speed:,.1f}")
+  table.caption = "Each response to a prompt once, with compilation; cut: longer than what the model reads."
+  return table
 
 
 def _bill(bill: Sequence[ledger.Account]) -> Table:

@@ -4,6 +4,7 @@ import abc
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from tsalign_jax.config import Student
+from tsalign_jax.config import RewardModel
 from tsalign_jax.data.batching import bucket, make_branches, pad_right, part_size, round_up
 from tsalign_jax.data.chat import Chat, load_tokenizer
-from tsalign_jax.models.config import EncoderConfig
+from tsalign_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig, read_config
 from tsalign_jax.models.functional import Params
+from tsalign_jax.models.hf import WeightFiles
 from tsalign_jax.models.loading import ModelHandle
 from tsalign_jax.parallel.mesh import batch_ways, put_batch
 from tsalign_jax.types import Branches, Conversation, UserError
@@ -30,26 +32,31 @@ class Rows(NamedTuple):
 
 
 class Encoded(NamedTuple):
-  """One prompt with its responses as tokens; `cut` counts the responses whose input lost tokens to the limit."""
+  """One prompt with its responses as tokens; `cut` says which of them lost tokens to the limit, with their prompt."""
 
   prompt: list[int]
   responses: list[list[int]]
   types: list[list[int]]
-  cut: int
+  cut: list[bool]
+
+  @property
+  def lengths(self) -> list[int]:
+    """Tokens of prompt plus response, for each response."""
+    return [len(self.prompt) + len(response) for response in self.responses]
 
   @property
   def width(self) -> int:
     """Tokens of the longest prompt plus response."""
-    return len(self.prompt) + max(map(len, self.responses))
+    return max(self.lengths)
 
 
 class RewardEngine(abc.ABC):
   """How one kind of reward model reads text, makes batches and scores them."""
 
-  def __init__(self, model: ModelHandle, mesh: Mesh, student: Student):
+  def __init__(self, model: ModelHandle, mesh: Mesh, settings: RewardModel):
     self.model, self.mesh = model, mesh
-    self.rows = round_up(student.batch_size, batch_ways(mesh))
-    self.limit = min(student.max_tokens, model.config.max_tokens)
+    self.rows = round_up(settings.batch_size, batch_ways(mesh))
+    self.limit = min(settings.max_tokens, model.config.max_tokens)
 
     @jax.jit
     def program(params: Params, batch) -> Float[Array, "batch k"]:
@@ -80,7 +87,7 @@ class RewardEngine(abc.ABC):
       batch = self.collate([item for *_, item in group] + [group[0][2]] * (self.rows - len(group)))
       scores = np.asarray(self.program(params, put_batch(batch, self.mesh)))
       if not np.isfinite(scores).all():
-        raise UserError(f"{self.model.folder}: the student's scores are not finite; use dtype float32, or retrain it")
+        raise UserError(f"{self.model.folder}: its scores are not finite; use dtype float32, or retrain it")
       for (index, first, _), row in zip(group, scores, strict=False):
         got = parts.setdefault(index, {})
         got |= {first + offset: float(score) for offset, score in enumerate(row)}
@@ -114,17 +121,25 @@ class RewardEngine(abc.ABC):
 class DecoderEngine(RewardEngine):
   """Trunk once, branches once; the conversation in the model's own chat template."""
 
-  def __init__(self, model: ModelHandle, mesh: Mesh, student: Student):
-    super().__init__(model, mesh, student)
+  def __init__(self, model: ModelHandle, mesh: Mesh, settings: RewardModel):
+    super().__init__(model, mesh, settings)
     self.chat = Chat.load(model.folder)
 
   def encode(self, prompt: Conversation, responses: Sequence[str]) -> Encoded:
-    """The templated conversation; over the limit, the prompt loses its start and then a response its end."""
-    trunk, branches = self.chat.prompt_tokens(prompt), [self.chat.response_tokens(text) for text in responses]
+    """The templated conversations; over the limit, the prompt loses its start and then a response its end.
+
+    Each conversation has the tokens that it would have alone: what all of them begin with, up to where the answer
+    starts, is the trunk.
+    """
+    whole = [self.chat.conversation_tokens([*prompt, {"role": "assistant", "content": text}]) for text in responses]
+    end = min(len(self.chat.prompt_tokens(prompt)), min(map(len, whole)) - 1)
+    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*whole, strict=False))
+    shared = len(list(itertools.islice(alike, end)))
+    trunk, branches = whole[0][:shared], [tokens[shared:] for tokens in whole]
     longest = max(map(len, branches))
     kept = trunk[-max(1, self.limit - longest) :]
     shortened = [branch[: self.limit - len(kept)] for branch in branches]
-    cut = len(branches) if len(kept) < len(trunk) else sum(a != b for a, b in zip(shortened, branches, strict=True))
+    cut = [len(kept) < len(trunk) or len(a) < len(b) for a, b in zip(shortened, branches, strict=True)]
     return Encoded(kept, shortened, [], cut)
 
   def tokens(self, item: Encoded) -> int:
@@ -145,22 +160,22 @@ class DecoderEngine(RewardEngine):
 class EncoderEngine(RewardEngine):
   """Each prompt plus response is a row of its own, as a pair of texts."""
 
-  def __init__(self, model: ModelHandle, mesh: Mesh, student: Student):
-    super().__init__(model, mesh, student)
+  def __init__(self, model: ModelHandle, mesh: Mesh, settings: RewardModel):
+    super().__init__(model, mesh, settings)
     self.tokenizer = load_tokenizer(model.folder)
     self.tokenizer.truncation_side = "left"
     self.specials = self.tokenizer.num_special_tokens_to_add(pair=True)
 
   def encode(self, prompt: Conversation, responses: Sequence[str]) -> Encoded:
     """[CLS] prompt [SEP] response [SEP], or as the family writes it; over the limit, the prompt loses its start."""
-    text, rows, types, cut = conversation_text(prompt), [], [], 0
-    for response in responses:
-      response, shortened = self._fit(response)
-      whole = self.tokenizer(text, response)
-      row = self.tokenizer(text, response, truncation="only_first", max_length=self.limit)
-      rows.append(row["input_ids"])
-      types.append(row.get("token_type_ids") or [0] * len(row["input_ids"]))
-      cut += shortened or len(row["input_ids"]) < len(whole["input_ids"])
+    fitted = [self._fit(response) for response in responses]
+    # As lists, because of a single pair with an empty response the tokenizer would take the prompt alone.
+    texts = [conversation_text(prompt)] * len(responses), [response for response, _ in fitted]
+    whole = self.tokenizer(*texts)["input_ids"]
+    kept = self.tokenizer(*texts, truncation="only_first", max_length=self.limit)
+    rows = kept["input_ids"]
+    types = kept.get("token_type_ids") or [[0] * len(row) for row in rows]
+    cut = [shortened or len(a) < len(b) for (_, shortened), a, b in zip(fitted, rows, whole, strict=True)]
     return Encoded([], rows, types, cut)
 
   def _fit(self, response: str) -> tuple[str, bool]:
@@ -205,14 +220,25 @@ class EncoderEngine(RewardEngine):
   def _units(self, items: Sequence[Encoded]) -> Iterator[tuple[int, int, Encoded]]:
     for index, item in enumerate(items):
       for k, row in enumerate(item.responses):
-        yield index, k, Encoded([], [row], [item.types[k]], 0)
+        yield index, k, Encoded([], [row], [item.types[k]], [item.cut[k]])
 
 
 @functools.lru_cache(maxsize=8)
-def build_reward_engine(model: ModelHandle, mesh: Mesh, student: Student) -> RewardEngine:
+def build_reward_engine(model: ModelHandle, mesh: Mesh, settings: RewardModel) -> RewardEngine:
   """The engine of a reward model; equal arguments share compiled programs."""
   kind = EncoderEngine if isinstance(model.config, EncoderConfig) else DecoderEngine
-  return kind(model, mesh, student)
+  return kind(model, mesh, settings)
+
+
+def check_reader(folder: Path) -> ModelConfig:
+  """The configuration of a folder that can become a reward engine, with or without a reward head.
+
+  Raises UserError, before a device is touched, for an unknown architecture, missing weights or no way to read text.
+  """
+  config = read_config(folder)
+  (Chat.load if isinstance(config, DecoderConfig) else load_tokenizer)(folder)
+  WeightFiles(folder)
+  return config
 
 
 def conversation_text(messages: Conversation) -> str:

@@ -3,14 +3,13 @@
 import shutil
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from tsalign_jax.data.packing import Item, Packing
 from tsalign_jax.data.tables import read_table
 from tsalign_jax.models.checkpoints import save_tree
-from tsalign_jax.models.loading import ModelHandle, wide
-from tsalign_jax.models.lora import adapted_skeleton, fresh_adapters, is_adapter, merge
+from tsalign_jax.models.loading import ModelHandle
+from tsalign_jax.models.lora import trained_part
 from tsalign_jax.parallel.mesh import batch_ways
 from tsalign_jax.stages.base import Counts, Job
 from tsalign_jax.training.align import build_loss, build_reference, known_logps, make_batches
@@ -31,28 +30,26 @@ def align(job: Job) -> Counts:
   with job.progress(steps, "steps") as advance:
     advance(0, "reference")
     reference = _reference_logps(job, model, packing)
-    skeleton, names, load, frozen = _trained_part(job, model)
+    part = trained_part(model, settings.lora, lambda: job.load(model, job.reads["policy"]), job.key, job.mesh)
 
     def on_step(step: int, metrics: dict[str, float]) -> None:
       if step == 0:
         _check_start(job, metrics["logps/drift"], model, items)
       advance(1, f"loss {metrics['loss']:.3f} margin {metrics['rewards/margins']:+.3f}")
 
-    abstract = skeleton.abstract(job.mesh, jnp.float32)
     trained = train(
-      build_trainer(build_loss(model, job.mesh, settings), settings, steps, skeleton, job.mesh),
+      build_trainer(build_loss(model, job.mesh, settings), settings, steps, part.skeleton, job.mesh),
       settings,
-      {name: abstract[name] for name in names},
-      load,
-      frozen,
+      part.abstract(job.mesh),
+      part.load,
+      part.frozen,
       lambda step: make_batches(packing, step, reference, job.mesh),
       pairs=len(items),
       seed=job.seed,
       folder=job.partial,
       on_step=on_step,
     )
-  params = merge({**frozen, **trained}, settings.lora) if settings.lora else trained
-  save_tree(job.writes["policy"], model.stored(params))
+  save_tree(job.writes["policy"], model.stored(part.whole(trained)))
   shutil.copyfile(job.partial / "log.jsonl", job.writes["log"])
   return {"pairs": len(items), "steps": steps, "reference": settings.reference}
 
@@ -72,16 +69,6 @@ def _reference_logps(job: Job, model: ModelHandle, packing: Packing) -> np.ndarr
   np.save(job.partial / "unfinished.npy", out)
   (job.partial / "unfinished.npy").replace(file)
   return out
-
-
-def _trained_part(job: Job, model: ModelHandle):
-  """(skeleton, names of what is trained, how to load that in float32, frozen rest): everything, or fresh adapters."""
-  lora = job.config.align.lora
-  if lora is None:
-    return model.skeleton, list(model.skeleton.specs), lambda: wide(job.load(model, job.reads["policy"])), {}
-  skeleton = adapted_skeleton(model, lora)
-  names = [name for name in skeleton.specs if is_adapter(name)]
-  return skeleton, names, lambda: fresh_adapters(skeleton, job.key, job.mesh), job.load(model, job.reads["policy"])
 
 
 def _check_start(job: Job, drift: float, model: ModelHandle, items: Sequence[Item]) -> None:

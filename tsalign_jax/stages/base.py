@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
-from tsalign_jax.config import Config
+from tsalign_jax.config import Config, RewardConfig
 from tsalign_jax.data.tables import Rows, read_table
 from tsalign_jax.models.loading import ModelHandle, language_model, reward_model
 from tsalign_jax.seeding import derived_seed
@@ -32,7 +32,7 @@ class Job:
   writes: Mapping[str, Path]
   partial: Path
   options: Mapping[str, Any]
-  config: Config
+  config: Config | RewardConfig
   make_mesh: Callable[[], Mesh]  # called by the first stage that needs devices, and not before
   progress: Progress
 

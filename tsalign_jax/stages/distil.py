@@ -2,19 +2,16 @@
 
 import shutil
 
-import jax.numpy as jnp
 import numpy as np
 
 from tsalign_jax.config import Distil
 from tsalign_jax.data.files import read_preferences
 from tsalign_jax.data.tables import read_table
 from tsalign_jax.models.checkpoints import save_tree
-from tsalign_jax.models.loading import wide
 from tsalign_jax.scoring.reward import build_reward_engine
 from tsalign_jax.stages.base import Counts, Job
-from tsalign_jax.training.distil import build_loss, make_batches
-from tsalign_jax.training.optimizer import build_trainer
-from tsalign_jax.training.run import train, training_steps
+from tsalign_jax.training.reward import fit, make_example
+from tsalign_jax.training.run import training_steps
 from tsalign_jax.types import PreferencePair
 
 
@@ -28,22 +25,19 @@ def distil(job: Job) -> Counts:
   engine = build_reward_engine(model, job.mesh, job.config.student)
   new = read_pairs(job.reads["pairs"])
   pairs = [*new, *_replayed(job, len(new), settings)]
-  items = [engine.encode(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
-  steps = training_steps(len(items), settings)
+  examples = [make_example(engine, pair) for pair in pairs]
+  steps = training_steps(len(examples), settings)
   with job.progress(steps, "steps") as advance:
-    trained = train(
-      build_trainer(build_loss(engine, settings), settings, steps, model.skeleton, job.mesh),
+    trained = fit(
+      engine,
+      examples,
       settings,
-      model.skeleton.abstract(job.mesh, jnp.float32),
-      lambda: wide(job.load(model, job.reads["student"])),
-      {},
-      lambda step: make_batches(engine, items, step, settings.microbatch_tokens),
-      pairs=len(items),
+      lambda: job.load(model, job.reads["student"]),
       seed=job.seed,
       folder=job.partial,
       on_step=lambda _, metrics: advance(1, f"loss {metrics['loss']:.3f} accuracy {metrics['accuracy']:.2f}"),
     )
-  save_tree(job.writes["student"], model.stored(trained))
+  save_tree(job.writes["student"], trained)
   shutil.copyfile(job.partial / "log.jsonl", job.writes["log"])
   return {"new_pairs": len(new), "replayed_pairs": len(pairs) - len(new), "steps": steps}
 

@@ -24,11 +24,12 @@ def evaluate(job: Job) -> Counts:
   """Writes `comparisons` (every base and policy answer side by side) and returns the metrics of the round."""
   prompts = {row["prompt_id"]: row for row in read_table(job.reads["prompts"], used_only=True)}
   base, policy = (by_prompt(read_table(job.reads[name])) for name in ("base_answers", "policy_answers"))
-  with build_teacher(job.config) as teacher, job.progress(4, "parts") as advance:
-    metrics = _win_rate(job, teacher, prompts, base, policy)
-    advance(1, f"win rate {metrics['win_rate']:.1%}")
-    metrics |= _student_accuracy(job, teacher, prompts, {i: [*base[i], *policy[i]] for i in prompts})
-    advance(2, "")
+  with job.progress(4, "parts") as advance:
+    with build_teacher(job.config) as teacher:
+      metrics = _win_rate(job, teacher, prompts, base, policy)
+      advance(1, f"win rate {metrics['win_rate']:.1%}")
+      metrics |= _student_accuracy(job, teacher, prompts, {i: [*base[i], *policy[i]] for i in prompts})
+      advance(2, "")
     metrics["kl_from_initial"] = _kl(job, prompts, policy)
     advance(1, "")
   return metrics

@@ -23,4 +23,4 @@ def score(job: Job) -> Counts:
       advance(len(rows), "")
   table.sort(key=lambda row: (row["prompt_id"], row["response_id"]))
   write_table(job.writes["scores"], table, SCORES)
-  return {"scored": len(table), "cut_to_student_limit": sum(item.cut for item in items)}
+  return {"scored": len(table), "cut_to_student_limit": sum(sum(item.cut) for item in items)}

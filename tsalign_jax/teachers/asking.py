@@ -26,11 +26,10 @@ from tsalign_jax.teachers import ledger
 from tsalign_jax.teachers.backoff import delay
 from tsalign_jax.teachers.chat import ChatClient, Clock, Reply, Trouble
 from tsalign_jax.teachers.ledger import UNKNOWN_COST, Ledger, Outcome, OverBudget, cost_of, worst_cost
-from tsalign_jax.teachers.store import Answer, Price, VerdictStore
+from tsalign_jax.teachers.store import STORE, Answer, Price, VerdictStore
 from tsalign_jax.types import Conversation, UserError
 
 FEW = 20  # questions: among fewer, one failure would be a large share
-STORE = "verdicts.sqlite"  # in the run folder
 
 Result = TypeVar("Result")
 

@@ -1,7 +1,5 @@
 """From a run's configuration to its teacher."""
 
-from pathlib import Path
-
 from tsalign_jax import config as settings
 from tsalign_jax.teachers.base import Teacher
 from tsalign_jax.teachers.chat import Clock
@@ -9,6 +7,7 @@ from tsalign_jax.teachers.checks import ChecksTeacher, load_plugins
 from tsalign_jax.teachers.ensemble import Ensemble
 from tsalign_jax.teachers.llm_judge import LLMJudge
 from tsalign_jax.teachers.ranker import Ranker
+from tsalign_jax.teachers.reward_model import RewardModelTeacher
 
 
 def build_teacher(config: settings.Config, clock: Clock | None = None) -> Teacher:
@@ -16,18 +15,21 @@ def build_teacher(config: settings.Config, clock: Clock | None = None) -> Teache
 
   Raises UserError for whatever can be wrong with it before it is asked anything.
   """
-  return _build(config.teacher, config.run, "teacher", clock or Clock())
+  return _build(config.teacher, config, "teacher", clock or Clock())
 
 
-def _build(teacher: settings.AnyTeacher, run: Path, where: str, clock: Clock) -> Teacher:
+def _build(teacher: settings.AnyTeacher, config: settings.Config, where: str, clock: Clock) -> Teacher:
+  run = config.run
   match teacher:
     case settings.ChecksTeacher():
       load_plugins(teacher.plugins)
       return ChecksTeacher(default=teacher.default)
+    case settings.RewardModelTeacher():
+      return RewardModelTeacher(teacher, run, where, config.mesh)
     case settings.JudgeTeacher():
       return LLMJudge(teacher, run, where, clock)
     case settings.RankerTeacher():
       return Ranker(teacher, run, where, clock)
     case settings.EnsembleTeacher():
-      members = [_build(each, run, f"{where}.members.{index}", clock) for index, each in enumerate(teacher.members)]
+      members = [_build(each, config, f"{where}.members.{index}", clock) for index, each in enumerate(teacher.members)]
       return Ensemble(members, teacher.vote, where)

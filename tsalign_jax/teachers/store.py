@@ -1,9 +1,13 @@
-"""The verdict store: every readable answer that was paid for, so that no question is paid for twice."""
+"""The verdict store: every readable answer that was paid for and every score, so that none is asked for twice."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from tsalign_jax.teachers.database import open_database
+from tsalign_jax.teachers.database import open_database, read_database
+
+STORE = "verdicts.sqlite"  # in the run folder
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -59,3 +63,87 @@ class VerdictStore:
   def close(self) -> None:
     """Closes the file."""
     self._database.close()
+
+
+_SCORES = """
+CREATE TABLE IF NOT EXISTS scores (
+  key TEXT PRIMARY KEY,      -- hash of the teacher's identity, the prompt and the response
+  teacher TEXT NOT NULL,
+  score REAL NOT NULL,
+  tokens INTEGER NOT NULL,   -- that were read
+  cut INTEGER NOT NULL,      -- 1 where prompt and response were longer than what was read
+  seconds REAL NOT NULL      -- its share of the time that scoring took
+) WITHOUT ROWID
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """A reward model's score of a response; how many tokens it read, whether that is not all, and the time it took."""
+
+  value: float
+  tokens: int
+  cut: bool
+  seconds: float
+
+
+class Scored(NamedTuple):
+  """What a reward model has scored, summed up; `cut` counts the responses of which it did not read everything."""
+
+  teacher: str
+  responses: int
+  tokens: int
+  cut: int
+  seconds: float
+
+
+_TOTAL = "SELECT teacher, count(*), total(tokens), total(cut), total(seconds) FROM scores"
+
+
+class ScoreStore:
+  """Scores by the key of prompt and response, in an SQLite file."""
+
+  def __init__(self, file: Path):
+    self._database = open_database(file, _SCORES)
+
+  def get(self, keys: Sequence[str]) -> dict[str, Score]:
+    """Those of the scores that are stored."""
+    query = "SELECT score, tokens, cut, seconds FROM scores WHERE key = ?"
+    rows = {key: self._database.execute(query, (key,)).fetchone() for key in dict.fromkeys(keys)}
+    return {key: Score(row[0], row[1], bool(row[2]), row[3]) for key, row in rows.items() if row}
+
+  def put(self, teacher: str, scores: Mapping[str, Score]) -> dict[str, Score]:
+    """Stores all of them or, if the process dies, none; returns them.
+
+    A score depends in its last digits on what it was computed with. Because of all or none, a run that was killed
+    computes it with the same again.
+    """
+    rows = [(key, teacher, *dataclasses.astuple(score)) for key, score in scores.items()]
+    self._database.execute("BEGIN IMMEDIATE")
+    self._database.executemany("INSERT INTO scores VALUES (?, ?, ?, ?, ?, ?)", rows)
+    self._database.execute("COMMIT")
+    return dict(scores)
+
+  def total(self, teacher: str) -> Scored:
+    """What this teacher has scored."""
+    _, *sums = self._database.execute(f"{_TOTAL} WHERE teacher = ?", (teacher,)).fetchone()
+    return _scored(teacher, *sums)
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._database.close()
+
+
+def scored(file: Path) -> list[Scored]:
+  """What a store's reward models have scored, each by itself; nothing if there is no store or no score in it."""
+  if not file.is_file():
+    return []
+  database = read_database(file)
+  known = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'scores'").fetchone()
+  rows = database.execute(f"{_TOTAL} GROUP BY 1 ORDER BY 1").fetchall() if known else []
+  database.close()
+  return [_scored(*row) for row in rows]
+
+
+def _scored(teacher: str, responses: int, tokens: float, cut: float, seconds: float) -> Scored:
+  return Scored(teacher, responses, int(tokens), int(cut), seconds)

@@ -1,0 +1,144 @@
+"""Reward models from text to score, against transformers reading the same folder."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+
+from tsalign_jax.config import Student
+from tsalign_jax.models.loading import reward_model
+from tsalign_jax.scoring.reward import build_reward_engine, conversation_text
+
+TOLERANCE = 1e-4
+ASKED = [
+  ([{"role": "user", "content": "tell a cat"}], ["the dog", "a big red fish eat the small bird in the rain", ""]),
+  ([{"role": "user", "content": "write of rain with snow in 3"}], ["rain , snow"]),
+  (
+    [
+      {"role": "system", "content": "be warm"},
+      {"role": "user", "content": "list two"},
+      {"role": "assistant", "content": "sun and sea"},
+      {"role": "user", "content": "one more ?"},
+    ],
+    ["sun and sea and tree", "sun and sea and tree", "door"],
+  ),
+]
+PAIRS = [(prompt, response) for prompt, responses in ASKED for response in responses]
+
+
+def scores_of(folder, mesh, **settings) -> list[float]:
+  """Our score of every pair, from batches of prompts."""
+  settings = Student(path=folder, **{"dtype": "float32", "batch_size": 2, "max_tokens": 100} | settings)
+  model = reward_model(settings)
+  engine = build_reward_engine(model, mesh, settings)
+  found = dict(engine.score(model.load(mesh), [engine.encode(*each) for each in ASKED]))
+  return [score for index in range(len(ASKED)) for score in found[index]]
+
+
+def conversations(tokenizer) -> list[list[int]]:
+  """The tokens of every pair, as transformers makes them of messages."""
+  answered = [[*prompt, {"role": "assistant", "content": response}] for prompt, response in PAIRS]
+  return [tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"] for messages in answered]
+
+
+def decoder_folder(folder, family, *, template=tiny.TEMPLATE, pad="<pad>"):
+  """A reward model with its tokenizer, both of which pad with this token; returns both as PyTorch knows them."""
+  tiny.decoder(family, folder, reward=True)
+  tiny.tokenizer(folder, template=template)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  tokenizer.pad_token = pad
+  tokenizer.save_pretrained(folder)
+  config = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": tokenizer.pad_token_id}))
+  peer = transformers.AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager")
+  return peer.eval(), tokenizer
+
+
+@torch.inference_mode()
+def alone(peer, rows) -> list[float]:
+  """Each row by itself, read at its very last token: without a padding token, transformers looks for none."""
+  peer.config.pad_token_id = None
+  return [peer(torch.tensor([row])).logits.item() for row in rows]
+
+
+@torch.inference_mode()
+def padded(peer, tokenizer, rows, side: str) -> list[float]:
+  """All rows in one batch."""
+  tokenizer.padding_side = side
+  batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+  return peer(**batch).logits[:, 0].tolist()
+
+
+# As most templates, which write a line break or the like after the token that ends a turn; and as some do not.
+ENDINGS = {"after the end": tiny.TEMPLATE + "{% if not add_generation_prompt %}.{% endif %}", "the end": tiny.TEMPLATE}
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<end>"], ids=["pad", "pad = eos"])
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("family", tiny.REWARD)
+def test_decoder_scores_equal_transformers(family, ending, pad, tmp_path, one_device):
+  peer, tokenizer = decoder_folder(tmp_path, family, template=ENDINGS[ending], pad=pad)
+  ours, rows = scores_of(tmp_path, one_device), conversations(tokenizer)
+  assert tokenizer.eos_token_id == 2 and {row[-1] for row in rows} == {2 if ending == "the end" else rows[0][-1]}
+  if pad != "<end>" or ending != "the end":  # else transformers takes the end of the text for padding
+    for side in ("left", "right"):
+      np.testing.assert_allclose(ours, padded(peer, tokenizer, rows, side), atol=TOLERANCE)
+  np.testing.assert_allclose(ours, alone(peer, rows), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", tiny.ENCODERS)
+def test_encoder_scores_equal_transformers(family, tmp_path, one_device):
+  peer = tiny.encoder(family, tmp_path, reward=True)
+  tiny.bert_tokenizer(tmp_path, pad=peer.config.pad_token_id)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  texts = [(conversation_text(prompt), response) for prompt, response in PAIRS]
+  keys = ["input_ids", "attention_mask"] + ["token_type_ids"] * (peer.config.model_type == "bert")
+  with torch.inference_mode():
+    batch = tokenizer(*map(list, zip(*texts, strict=True)), padding=True, return_tensors="pt")
+    together = peer(**{key: batch[key] for key in keys}).logits[:, 0].tolist()
+    rows = [tokenizer([one], [other], return_tensors="pt") for one, other in texts]
+    single = [peer(**{key: row[key] for key in keys}).logits.item() for row in rows]
+  ours = scores_of(tmp_path, one_device)
+  np.testing.assert_allclose(ours, together, atol=TOLERANCE)
+  np.testing.assert_allclose(ours, single, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "bert"])
+def test_sharded_scores_equal_single_device(family, tmp_path, one_device, eight_devices):
+  if family == "bert":
+    tiny.encoder(family, tmp_path, reward=True)
+    tiny.bert_tokenizer(tmp_path)
+  else:
+    decoder_folder(tmp_path, family)
+  np.testing.assert_allclose(scores_of(tmp_path, eight_devices), scores_of(tmp_path, one_device), atol=TOLERANCE)
+
+
+def test_conversation_has_its_own_tokens_also_where_the_template_writes_an_answer_otherwise(tmp_path, one_device):
+  """As Qwen 3, which asks for thoughts and writes an answer without."""
+  template = tiny.TEMPLATE.replace("'<assistant> '", "'<assistant> say '")
+  peer, tokenizer = decoder_folder(tmp_path, "qwen3", template=template)
+  np.testing.assert_allclose(scores_of(tmp_path, one_device), alone(peer, conversations(tokenizer)), atol=TOLERANCE)
+
+
+def test_long_conversation_loses_the_start_of_its_prompt_and_is_counted(tmp_path, one_device):
+  _, tokenizer = decoder_folder(tmp_path, "llama")
+  settings = Student(path=tmp_path, dtype="float32", max_tokens=9)
+  engine = build_reward_engine(reward_model(settings), one_device, settings)
+  prompt, response = ASKED[0][0], "the dog"
+  (whole,) = ([*prompt, {"role": "assistant", "content": response}],)
+  tokens = tokenizer.apply_chat_template(whole, return_dict=True)["input_ids"]
+  item = engine.encode(prompt, [response])
+  assert len(tokens) == 10 and item.prompt + item.responses[0] == tokens[1:] and item.cut == [True]
+  item = engine.encode(prompt, [response, "the"])
+  assert item.cut == [True, True] and item.prompt + item.responses[1] == [*tokens[1:8], tokens[9]]
+  assert engine.encode(prompt, ["the"]).cut == [False]
+
+
+def test_scores_of_a_bfloat16_model_are_not_rounded_to_it(tmp_path, one_device):
+  decoder_folder(tmp_path, "llama")
+  scores = np.asarray(scores_of(tmp_path, one_device, dtype="bfloat16"), np.float32)
+  assert (scores != scores.astype(ml_dtypes.bfloat16).astype(np.float32)).any()

@@ -1,0 +1,141 @@
+"""The `reward_model` teacher: a reward model scores each response by itself, and the higher score wins.
+
+It reads messages and text through its own tokenizer and chat template, and shares no tokens with policy or student.
+A response that was scored once in a run is not scored again: scores are stored by prompt and response.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import jax
+import numpy as np
+
+from tsalign_jax.config import Mesh
+from tsalign_jax.config import RewardModelTeacher as Settings
+from tsalign_jax.data.chat import Chat
+from tsalign_jax.manifest import fingerprint
+from tsalign_jax.models.config import DecoderConfig
+from tsalign_jax.models.loading import reward_model
+from tsalign_jax.pairing.statistics import sign
+from tsalign_jax.parallel.mesh import make_mesh
+from tsalign_jax.scoring.reward import Encoded, RewardEngine, build_reward_engine, check_reader
+from tsalign_jax.teachers.base import Teacher
+from tsalign_jax.teachers.store import STORE, Score, ScoreStore
+from tsalign_jax.types import CandidatePair, Conversation, Judgement, Prompt, UserError
+
+RULES = 1  # to be raised when scores come out differently for the same model, so that old ones are not taken for new
+TOGETHER = 2  # responses to a prompt in one row of a batch: always as many, so that few programs are compiled
+
+Question = tuple[Conversation, str]
+
+
+class RewardModelTeacher(Teacher):
+  """Prefers the response with the higher score; the probability is that of Bradley and Terry's model."""
+
+  def __init__(self, settings: Settings, run: Path, where: str, mesh: Mesh):
+    """`where` is the teacher's key in the configuration. Raises UserError for a folder that cannot give scores."""
+    config = check_reader(settings.path)
+    if not config.reward_head:
+      raise UserError(
+        f"{where}.path: {settings.path} has no reward head; `tsalign train-reward` trains one and writes such a folder"
+      )
+    content = [RULES, fingerprint(settings.path), settings.max_tokens, settings.dtype, settings.param_dtype]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    self.identity = f"reward_model {settings.path.name} {digest}"
+    self._settings, self._run, self._mesh = settings, run, mesh
+    self._chat = Chat.load(settings.path) if isinstance(config, DecoderConfig) else None
+    self._model: tuple[RewardEngine, dict[str, jax.Array]] | None = None
+
+  def validate_prompts(self, prompts: Sequence[Prompt], source: str) -> None:
+    """Raises UserError that names the first row which the model's chat template refuses, such as a system turn."""
+    for prompt in prompts if self._chat else ():
+      try:
+        self._chat.text_of(prompt.messages, answer_follows=True)
+      except UserError as error:
+        raise UserError(f"row {prompt.id + 1} of {source}, read by the teacher: {error}") from error
+
+  def judge(self, pairs: Sequence[CandidatePair]) -> list[Judgement]:
+    """One judgement for each pair, in order. Evidence: the two scores, their difference, and what was cut."""
+    scores = iter(self._scores([(pair.prompt.messages, text) for pair in pairs for text in (pair.first, pair.second)]))
+    return [compare(next(scores), next(scores)) for _ in pairs]
+
+  def note(self) -> str:
+    """How much has been scored in this run so far."""
+    total = self._store.total(self.identity)
+    cut = f", {total.cut:,} cut to {self._settings.max_tokens} tokens" if total.cut else ""
+    return f"{total.responses:,} responses scored{cut}"
+
+  def __enter__(self) -> Self:
+    self._store = ScoreStore(self._run / STORE)
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self._store.close()
+    self._model = None  # gives the memory back
+
+  def _scores(self, asked: Sequence[Question]) -> list[Score]:
+    keys = [self._key(question) for question in asked]
+    known = self._store.get(keys)
+    missing = {key: question for key, question in zip(keys, asked, strict=True) if key not in known}
+    if missing:
+      known |= self._store.put(self.identity, dict(zip(missing, self._compute([*missing.values()]), strict=True)))
+    return [known[key] for key in keys]
+
+  def _key(self, question: Question) -> str:
+    return hashlib.sha256(json.dumps([self.identity, *question]).encode()).hexdigest()
+
+  def _compute(self, asked: Sequence[Question]) -> list[Score]:
+    """Scores of responses that are not in the store, all in one go."""
+    engine, params = self._loaded()
+    started = time.monotonic()
+    rows = [each for row in _rows(asked) for each in _encoded(engine, asked, row)]
+    found = dict(engine.score(params, [item for _, item in rows]))
+    seconds = (time.monotonic() - started) / len(asked)
+    scores: dict[int, Score] = {}
+    for number, (indices, item) in enumerate(rows):
+      for index, *score in zip(indices, found[number], item.lengths, item.cut, strict=True):
+        scores[index] = Score(*score, seconds)
+    return [scores[index] for index in range(len(asked))]
+
+  def _loaded(self) -> tuple[RewardEngine, dict[str, jax.Array]]:
+    """The model, brought to the devices when the first response is to be scored."""
+    if self._model is None:
+      model, mesh = reward_model(self._settings), make_mesh(**self._mesh.model_dump())
+      self._model = build_reward_engine(model, mesh, self._settings), model.load(mesh)
+    return self._model
+
+
+def compare(first: Score, second: Score) -> Judgement:
+  """The judgement of a pair from its scores: P(first is better) = sigmoid(difference) (Bradley and Terry 1952)."""
+  margin = first.value - second.value
+  evidence = {"first": _evidence(first), "second": _evidence(second), "margin": margin}
+  return Judgement(sign(margin), float(np.exp(-np.logaddexp(0.0, -margin))), evidence)
+
+
+def _evidence(score: Score) -> dict[str, float | bool]:
+  return {"score": score.value} | ({"cut": True} if score.cut else {})
+
+
+def _rows(asked: Sequence[Question]) -> list[list[int]]:
+  """Indices of the questions, `TOGETHER` of one prompt to a row; the last one of a prompt may stand twice."""
+  by_prompt: dict[str, list[int]] = {}
+  for index, (prompt, _) in enumerate(asked):
+    by_prompt.setdefault(json.dumps(prompt), []).append(index)
+  rows = []
+  for indices in by_prompt.values():
+    for start in range(0, len(indices), TOGETHER):
+      row = indices[start : start + TOGETHER]
+      rows.append(row + row[-1:] * (TOGETHER - len(row)))
+  return rows
+
+
+def _encoded(engine: RewardEngine, asked: Sequence[Question], row: list[int]) -> list[tuple[list[int], Encoded]]:
+  """The row as tokens; several rows where the prompt is cut, as how much of it is left differs by response."""
+  item = engine.encode(asked[row[0]][0], [asked[index][1] for index in row])
+  if not any(item.cut) or len(set(row)) == 1:
+    return [(row, item)]
+  return [each for index in row for each in _encoded(engine, asked, [index] * TOGETHER)]

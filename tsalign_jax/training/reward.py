@@ -1,0 +1,115 @@
+"""Training of a reward model: rank a pair as whoever labelled it did, whether student or teacher-to-be."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from tsalign_jax.config import RewardTraining
+from tsalign_jax.models.functional import Params
+from tsalign_jax.models.lora import adapted_skeleton, trained_part
+from tsalign_jax.objectives import ranking
+from tsalign_jax.parallel.mesh import put_batch
+from tsalign_jax.scoring.reward import Encoded, RewardEngine
+from tsalign_jax.training.optimizer import build_trainer
+from tsalign_jax.training.run import train, training_steps
+from tsalign_jax.types import PreferencePair
+
+
+class Example(NamedTuple):
+  """A pair as tokens, better response first, and by how much the score of the better one should be ahead."""
+
+  item: Encoded
+  margin: float
+
+
+class RewardBatch(NamedTuple):
+  """Pairs as the engine collates them (better one first), their margins, and 1 / (pairs in the whole step)."""
+
+  pairs: Any
+  margin: Float[Array, " batch"]
+  weight: Float[Array, " batch"]
+
+
+def make_example(engine: RewardEngine, pair: PreferencePair) -> Example:
+  """The pair as this model reads it."""
+  return Example(engine.encode(pair.prompt, [pair.chosen, pair.rejected]), pair.margin)
+
+
+def make_batches(
+  engine: RewardEngine, examples: Sequence[Example], step: Sequence[int], tokens: int
+) -> Iterator[RewardBatch]:
+  """The microbatches of a step over these pairs, on the device, of about so many tokens each."""
+  for part, batch in engine.microbatches([example.item for example in examples], step, tokens):
+    margin, weight = np.zeros((2, len(jax.tree.leaves(batch)[0])), np.float32)
+    margin[: len(part)] = [examples[index].margin for index in part]
+    weight[: len(part)] = 1 / len(step)
+    yield put_batch(RewardBatch(batch, margin, weight), engine.mesh)
+
+
+@functools.lru_cache(maxsize=8)
+def build_loss(engine: RewardEngine, settings: RewardTraining):
+  """The loss of a microbatch, with the share of pairs that the model already orders as they are labelled."""
+  skeleton = adapted_skeleton(engine.model, settings.lora)
+
+  def loss(trainable: Params, frozen: Params, batch: RewardBatch):
+    rewards = engine.rewards(skeleton.bind({**frozen, **trainable}), batch.pairs)
+    losses = pair_losses(rewards, batch.margin, settings)
+    metrics = {
+      "loss": losses,
+      "accuracy": (rewards[:, 0] > rewards[:, 1]).astype(jnp.float32),
+      "margin": rewards[:, 0] - rewards[:, 1],
+      "mean_reward": rewards.mean(axis=1),
+    }
+    total = {name: jnp.sum(batch.weight * value) for name, value in metrics.items()}
+    return total["loss"], total
+
+  return loss
+
+
+def pair_losses(
+  rewards: Float[Array, "batch 2"], margins: Float[Array, " batch"], settings: RewardTraining
+) -> Float[Array, " batch"]:
+  """The loss of each pair as the settings compose it."""
+  if settings.loss == "bradley_terry":
+    base = functools.partial(ranking.bradley_terry, margins=margins)
+  else:
+    base = functools.partial(ranking.margin_ranking, margins=margins + settings.margin)
+  losses = ranking.smoothed(base, rewards, label_smoothing=settings.label_smoothing)
+  return losses + settings.center_rewards_coefficient * ranking.centring(rewards)
+
+
+def fit(
+  engine: RewardEngine,
+  examples: Sequence[Example],
+  settings: RewardTraining,
+  load: Callable[[], Params],
+  *,
+  seed: int,
+  folder: Path,
+  on_step: Callable[[int, Mapping[str, float]], None],
+) -> dict[str, jax.Array]:
+  """The model's parameters after training on these pairs, in the dtype in which they are kept, adapters merged.
+
+  `load` gives the parameters to start from; `folder` holds checkpoints and log, from which a killed training goes on.
+  """
+  model, steps = engine.model, training_steps(len(examples), settings)
+  part = trained_part(model, settings.lora, load, jax.random.key(seed), engine.mesh)
+  trained = train(
+    build_trainer(build_loss(engine, settings), settings, steps, part.skeleton, engine.mesh),
+    settings,
+    part.abstract(engine.mesh),
+    part.load,
+    part.frozen,
+    lambda step: make_batches(engine, examples, step, settings.microbatch_tokens),
+    pairs=len(examples),
+    seed=seed,
+    folder=folder,
+    on_step=on_step,
+  )
+  return model.stored(part.whole(trained))
