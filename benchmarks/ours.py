@@ -44,8 +44,8 @@ class Sampler:
 class Scorer:
   """A score for each response, as the `score` stage gets them: from text."""
 
-  def __init__(self, folder: str, batch_size: int, max_tokens: int):
-    settings = config.Student(path=folder, param_dtype="bfloat16", batch_size=batch_size, max_tokens=max_tokens)
+  def __init__(self, folder: str, batch_tokens: int, max_tokens: int):
+    settings = config.Student(path=folder, param_dtype="bfloat16", batch_tokens=batch_tokens, max_tokens=max_tokens)
     model, mesh = reward_model(settings), make_mesh()
     self.engine = build_reward_engine(model, mesh, settings)
     self.params = model.load(mesh)
@@ -136,7 +136,7 @@ class Scoring:
 
   def __init__(self, work: Mapping[str, Any], settings: Mapping[str, Any]):
     self.items = work["items"]
-    self.scorer = Scorer(work["model"], settings["batch_size"], work["max_tokens"])
+    self.scorer = Scorer(work["model"], settings["batch_tokens"], work["max_tokens"])
     items = self._encode()
     tokens = sum(len(item.prompt) + len(response) for item in items for response in item.responses)
     self.check = {"tokens": tokens, "scores": self.scorer(items)}
@@ -187,7 +187,7 @@ class Round:
     self.chat, self.messages = Chat.load(Path(work["policy"])), work["messages"]
     self.model = language_model(config.Policy(path=Path(work["policy"])))
     self.sampler = Sampler(self.model, work, settings["batch_prompts"])
-    self.scorer = Scorer(work["reward"], settings["batch_prompts"], work["max_tokens"])
+    self.scorer = Scorer(work["reward"], settings["batch_tokens"], work["max_tokens"])
     self.trainer = Trainer(self.model, work, settings["microbatch_tokens"])
     self.params = self.model.load(make_mesh())
     assert isinstance(self.scorer.engine, DecoderEngine)

@@ -212,7 +212,7 @@ def test_reward_model_teacher_stopped_while_judging_and_continued(tmp_path, monk
   config = tiny.run_config(tmp_path)
   tiny.decoder("qwen3", tmp_path / "teacher", reward=True, seed=3)
   tiny.tokenizer(tmp_path / "teacher", words=tiny.WORDS[::-1])
-  teacher = f"{{kind: reward_model, path: {tmp_path / 'teacher'}, dtype: float32, batch_size: 4, layout: stacked}}"
+  teacher = f"{{kind: reward_model, path: {tmp_path / 'teacher'}, dtype: float32, batch_tokens: 256, layout: stacked}}"
   overrides = ["rounds=1", "mesh.fsdp=4", "mesh.tensor=2", f"teacher={teacher}"]
   settings = load_config(config, overrides)
   with pytest.raises(Stop):

@@ -73,7 +73,7 @@ def config_file(folder, family="llama", **training):
   settings = {"learning_rate": 3e-3, "batch_size": 8, "microbatch_tokens": 512, "epochs": 3, "checkpoint_every": 4}
   config = {
     "run": str(folder / "run"),
-    "model": {"path": str(model), "dtype": "float32", "max_tokens": 60, "batch_size": 8},
+    "model": {"path": str(model), "dtype": "float32", "max_tokens": 60, "batch_tokens": 512},
     "pairs": {"train": [first, second], "heldout": write_rows(folder / "held.jsonl", held)},
     "training": settings | training,
     "resamples": 200,

@@ -70,8 +70,8 @@ class RewardModel(Model):
 
   max_tokens: Count = 512
   """Longest prompt plus response it reads; longer ones lose the start of the prompt, and are counted."""
-  batch_size: Count = 32
-  """Prompts (decoder) or sequences (encoder) scored at once."""
+  batch_tokens: Count = 4096
+  """Tokens scored at once, on all devices together; a prompt and its responses are a batch even if they are more."""
 
 
 class Student(RewardModel):

@@ -98,9 +98,9 @@ def ideal_step(model: ModelHandle, mesh: Mesh, params) -> int:
 def score(model: ModelHandle, mesh: Mesh) -> dict:
   """Scoring eight responses a prompt with a reward model of this size."""
   model = dataclasses.replace(model, config=dataclasses.replace(model.config, reward_head=True), remat=False)
-  engine = build_reward_engine(model, mesh, Student(path=model.folder, batch_size=PROMPTS))
+  engine = build_reward_engine(model, mesh, Student(path=model.folder))
   params = model.skeleton.abstract(mesh, model.param_dtype)
-  return facts(engine.program.lower(params, branches(mesh, engine.rows, PROMPT, 8, RESPONSE)))[0]
+  return facts(engine.program.lower(params, branches(mesh, PROMPTS, PROMPT, 8, RESPONSE)))[0]
 
 
 def train(model: ModelHandle, mesh: Mesh) -> dict[str, dict]:

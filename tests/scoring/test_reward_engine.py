@@ -32,7 +32,7 @@ PAIRS = [(prompt, response) for prompt, responses in ASKED for response in respo
 
 def scores_of(folder, mesh, **settings) -> list[float]:
   """Our score of every pair, from batches of prompts."""
-  settings = Student(path=folder, **{"dtype": "float32", "batch_size": 2, "max_tokens": 100} | settings)
+  settings = Student(path=folder, **{"dtype": "float32", "batch_tokens": 200, "max_tokens": 100} | settings)
   model = reward_model(settings)
   engine = build_reward_engine(model, mesh, settings)
   found = dict(engine.score(model.load(mesh), [engine.encode(*each) for each in ASKED]))

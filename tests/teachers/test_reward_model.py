@@ -43,7 +43,7 @@ def folders(tmp_path_factory):
 
 
 def teacher_of(folder, run, **changes):
-  settings = {"kind": "reward_model", "path": str(folder), "dtype": "float32", "max_tokens": 100, "batch_size": 8}
+  settings = {"kind": "reward_model", "path": str(folder), "dtype": "float32", "max_tokens": 100, "batch_tokens": 800}
   return build_teacher(load_config(judging.config_file(run, settings | changes)))
 
 
@@ -135,7 +135,7 @@ def test_identity_follows_what_scores_depend_on_and_not_where_the_folder_is(fold
   original = folders["decoder"]
   name = identity(original)
   copy = shutil.copytree(original, tmp_path / "elsewhere" / original.name)
-  assert identity(copy) == name == identity(copy, batch_size=3)
+  assert identity(copy) == name == identity(copy, batch_tokens=300)
   assert len({name, identity(copy, max_tokens=50), identity(copy, dtype="bfloat16")}) == 3
   tensors = load_file(copy / "model.safetensors")
   save_file(tensors | {"score.weight": -tensors["score.weight"]}, copy / "model.safetensors", {"format": "pt"})

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tsalign_jax.config import RewardModel
-from tsalign_jax.data.batching import bucket, make_branches, pad_right, part_size, round_up
+from tsalign_jax.data.batching import bucket, make_branches, pad_right, part_size
 from tsalign_jax.data.chat import Chat, load_tokenizer
 from tsalign_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig, read_config
 from tsalign_jax.models.functional import Params
@@ -55,7 +55,7 @@ class RewardEngine(abc.ABC):
 
   def __init__(self, model: ModelHandle, mesh: Mesh, settings: RewardModel):
     self.model, self.mesh = model, mesh
-    self.rows = round_up(settings.batch_size, batch_ways(mesh))
+    self.batch_tokens = settings.batch_tokens
     self.limit = min(settings.max_tokens, model.config.max_tokens)
 
     @jax.jit
@@ -81,18 +81,30 @@ class RewardEngine(abc.ABC):
     """The score of every response in a batch; traceable and differentiable."""
 
   def score(self, params: Params, items: Sequence[Encoded]) -> Iterator[tuple[int, list[float]]]:
-    """(index of the item, its scores), shortest items first, so that a batch holds little padding."""
-    parts: dict[int, dict[int, float]] = {}
-    for group in self._groups(items):
-      batch = self.collate([item for *_, item in group] + [group[0][2]] * (self.rows - len(group)))
-      scores = np.asarray(self.program(params, put_batch(batch, self.mesh)))
-      if not np.isfinite(scores).all():
+    """(index of the item, its scores), in batches of like width, so that they hold little padding."""
+    units = list(self._units(items))
+    found: dict[int, dict[int, float]] = {}
+    for part, scores in self._launched(params, [unit for *_, unit in units]):
+      if not np.isfinite(scores := np.asarray(scores)).all():
         raise UserError(f"{self.model.folder}: its scores are not finite; use dtype float32, or retrain it")
-      for (index, first, _), row in zip(group, scores, strict=False):
-        got = parts.setdefault(index, {})
+      for (index, first, _), row in zip([units[each] for each in part], scores, strict=False):
+        got = found.setdefault(index, {})
         got |= {first + offset: float(score) for offset, score in enumerate(row)}
         if len(got) == len(items[index].responses):
           yield index, [got[k] for k in range(len(got))]
+
+  def _launched(self, params: Params, units: Sequence[Encoded]) -> Iterator[tuple[list[int], Array]]:
+    """(indices, scores on the device), one batch behind: while the host reads one, the device computes the next."""
+    last = None
+    for count in sorted({len(unit.responses) for unit in units}):
+      alike = [index for index, unit in enumerate(units) if len(unit.responses) == count]
+      for part, batch in self.microbatches(units, alike, self.batch_tokens):
+        launched = part, self.program(params, put_batch(batch, self.mesh))
+        if last is not None:
+          yield last
+        last = launched
+    if last is not None:
+      yield last
 
   def microbatches(
     self, items: Sequence[Encoded], indices: Sequence[int], tokens: int
@@ -104,13 +116,6 @@ class RewardEngine(abc.ABC):
       size = part_size(len(left), most, batch_ways(self.mesh))
       part, left = left[:size], left[size:]
       yield part, self.collate([items[index] for index in part + part[:1] * (size - len(part))])
-
-  def _groups(self, items: Sequence[Encoded]) -> Iterator[list[tuple[int, int, Encoded]]]:
-    """Units that make a batch: of like width, and with the same number of responses."""
-    units = sorted(self._units(items), key=lambda unit: (len(unit[2].responses), unit[2].width))
-    for _, alike in itertools.groupby(units, key=lambda unit: len(unit[2].responses)):
-      same = list(alike)
-      yield from (same[start : start + self.rows] for start in range(0, len(same), self.rows))
 
   def _units(self, items: Sequence[Encoded]) -> Iterator[tuple[int, int, Encoded]]:
     """(item, its first response here, what is scored as one row): the whole item unless it can be divided."""
