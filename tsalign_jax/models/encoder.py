@@ -6,17 +6,14 @@ Layers are always unrolled: encoders are small, and ModernBERT's first layer lac
 import functools
 from typing import Protocol
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from tsalign_jax.models.config import EncoderConfig
-from tsalign_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, Rotation, rotate, rotation
-from tsalign_jax.ops.einsum import wide_matmul
+from tsalign_jax.models.layers import Embedding, LayerNorm, Linear, Rotation, activate, rotate, rotation
+from tsalign_jax.ops.attention import lay_out, meet
 from tsalign_jax.types import UserError
-
-MASKED = -1e30  # finite, so that a query with no visible key averages what is there and does not become NaN
 
 
 class Attend(Protocol):
@@ -73,7 +70,7 @@ class BertLayer(nnx.Module):
   def __call__(self, x, attend: Attend):
     """The hidden states after this layer."""
     x = self.attention_norm(x + self.attention_output(attend(self.query(x), self.key(x), self.value(x))))
-    return self.output_norm(x + self.down(ACTIVATIONS[self.activation](self.up(x))))
+    return self.output_norm(x + self.down(activate(self.activation, self.up(x)).astype(x.dtype)))
 
 
 class ModernBertLayer(nnx.Module):
@@ -96,7 +93,7 @@ class ModernBertLayer(nnx.Module):
     query, key, value = jnp.moveaxis(self.attn_qkv(x if self.attn_norm is None else self.attn_norm(x)), 2, 0)
     x = x + self.attn_out(attend(query, key, value))
     activated, factor = jnp.moveaxis(self.mlp_in(self.mlp_norm(x)), 2, 0)
-    return x + self.mlp_out(ACTIVATIONS[self.activation](activated) * factor)
+    return x + self.mlp_out((activate(self.activation, activated) * factor).astype(x.dtype))
 
 
 class Encoder(nnx.Module):
@@ -158,11 +155,8 @@ def attention(
   """Softmax attention of each query over the keys it may see; `turn` rotates queries and keys by position."""
   if turn is not None:
     query, key = rotate(query, turn), rotate(key, turn)
-  query, key, value = (jnp.swapaxes(array, 1, 2) for array in (query, key, value))
-  logits = wide_matmul(query, jnp.swapaxes(key, -1, -2))
-  logits = jnp.where(visible[:, None], logits * query.shape[-1] ** -0.5, MASKED)
-  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-  return jnp.swapaxes(wide_matmul(weights, value), 1, 2).astype(query.dtype)
+  met = meet(jnp.swapaxes(query, 1, 2), *lay_out(key, value), visible, scale=query.shape[-1] ** -0.5)
+  return jnp.swapaxes(met.normalised(), 1, 2).astype(query.dtype)
 
 
 def _visible(mask, window: int | None) -> Bool[Array, " rows #length length"]:

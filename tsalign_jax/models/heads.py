@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tsalign_jax.models.config import DecoderConfig, EncoderConfig
 from tsalign_jax.models.decoder import Decoder, Layout
 from tsalign_jax.models.encoder import Encoder
-from tsalign_jax.models.layers import ACTIVATIONS, LayerNorm, Linear
+from tsalign_jax.models.layers import LayerNorm, Linear, activate
 from tsalign_jax.ops.attention import TrunkAndBranches, flatten
 from tsalign_jax.ops.einsum import soft_cap, wide_dot
 from tsalign_jax.types import Branches
@@ -80,7 +80,7 @@ class EncoderRewardModel(nnx.Module):
     """The reward of each row, read at its first token or, where the configuration says so, from the mean of all."""
     hidden = self.model(tokens, mask, token_types, dtype=dtype, remat=remat)
     pooled = hidden[:, 0] if self.config.pooling == "cls" else _mean(hidden, mask)
-    pooled = ACTIVATIONS[self.config.classifier_activation](self.dense(pooled))
+    pooled = activate(self.config.classifier_activation, self.dense(pooled)).astype(pooled.dtype)
     return _reward(self.out, pooled if self.norm is None else self.norm(pooled))
 
 

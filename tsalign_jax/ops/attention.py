@@ -56,15 +56,15 @@ def attend(
     # The trunk's keys are met by the queries of all its branches at once.
     visible = _visible(position, trunk, masking).reshape(batch, k * length, -1)
     by_trunk = jnp.swapaxes(rows, 1, 2).reshape(batch, kv_heads, -1, head_dim)
-    met = _meet(by_trunk, trunk.key, trunk.value, visible, masking)
+    met = meet(by_trunk, trunk.key, trunk.value, visible, masking.scale, masking.softcap)
     apart = (array.reshape(batch, kv_heads, k, -1, *array.shape[3:]) for array in met)
-    parts.append(_Met(*(jnp.swapaxes(array, 1, 2) for array in apart)))
+    parts.append(Met(*(jnp.swapaxes(array, 1, 2) for array in apart)))
   out = functools.reduce(_join, parts).normalised()
   out = jnp.swapaxes(out.reshape(batch, k, kv_heads, length, -1, head_dim), 2, 3)
   return out.reshape(query.shape).astype(query.dtype)
 
 
-class _Met(NamedTuple):
+class Met(NamedTuple):
   """What rows of queries take from some keys: values summed with weights exp(logit - highest), and these weights."""
 
   out: Float[Array, "*batch rows head_dim"]
@@ -76,32 +76,40 @@ class _Met(NamedTuple):
     return self.out / jnp.maximum(self.total, 1e-30)[..., None]
 
 
-def _meet(rows, key, value, visible: Bool[Array, "*batch length key"], masking: Masking) -> _Met:
-  logits = soft_cap(wide_matmul(rows, key) * masking.scale, masking.softcap)
-  by_length = logits.reshape(*logits.shape[:-2], visible.shape[-2], -1, logits.shape[-1])
-  logits = jnp.where(visible[..., None, :, None, :], by_length, MASKED).reshape(logits.shape)
+def meet(
+  rows: Float[Array, "*batch queries head_dim"],
+  key: Float[Array, "*batch head_dim length"],
+  value: Float[Array, "*batch length head_dim"],
+  visible: Bool[Array, "*#batch #steps length"],
+  scale: float,
+  softcap: float | None = None,
+) -> Met:
+  """What queries take from some keys. Where several heads share a key, each step of `visible` is so many queries."""
+  logits = soft_cap(wide_matmul(rows, key) * scale, softcap)
+  by_step = logits.reshape(*logits.shape[:-2], visible.shape[-2], -1, logits.shape[-1])
+  logits = jnp.where(visible[..., None, :, None, :], by_step, MASKED).reshape(logits.shape)
   highest = jax.lax.stop_gradient(jnp.maximum(logits.max(-1), MASKED / 2))
   weights = jnp.exp(logits - highest[..., None])
-  return _Met(wide_matmul(weights.astype(value.dtype), value), weights.sum(-1), highest)
+  return Met(wide_matmul(weights.astype(value.dtype), value), weights.sum(-1), highest)
 
 
-def _meet_if_seen(rows, position, keys: Keys, masking: Masking) -> _Met:
-  def meet(rows):
-    return _meet(rows, keys.key, keys.value, _visible(position, keys, masking), masking)
+def _meet_if_seen(rows, position, keys: Keys, masking: Masking) -> Met:
+  def seen(rows):
+    return meet(rows, keys.key, keys.value, _visible(position, keys, masking), masking.scale, masking.softcap)
 
   def nothing(rows):
     total = jnp.zeros(rows.shape[:-1])
-    return _Met(jnp.zeros(rows.shape), total, total + MASKED / 2)
+    return Met(jnp.zeros(rows.shape), total, total + MASKED / 2)
 
-  return meet(rows) if keys.seen is None else jax.lax.cond(keys.seen, meet, nothing, rows)
+  return seen(rows) if keys.seen is None else jax.lax.cond(keys.seen, seen, nothing, rows)
 
 
-def _join(a: _Met, b: _Met) -> _Met:
+def _join(a: Met, b: Met) -> Met:
   """Both sets of keys in one softmax."""
   highest = jnp.maximum(a.highest, b.highest)
   of_a, of_b = jnp.exp(a.highest - highest), jnp.exp(b.highest - highest)
   out = a.out * of_a[..., None] + b.out * of_b[..., None]
-  return _Met(out, a.total * of_a + b.total * of_b, highest)
+  return Met(out, a.total * of_a + b.total * of_b, highest)
 
 
 def _visible(position, keys: Keys, masking: Masking) -> Bool[Array, "batch k query key"]:
@@ -176,7 +184,8 @@ class PackedRows:
     for start in range(0, columns, BLOCK):
       end = min(start + BLOCK, columns)
       block = grouped[:, :, start:end].reshape(rows, key.shape[1], -1, head_dim)
-      met = _meet(block, key[..., :end], value[..., :end, :], visible[:, start:end, :end], masking)
+      seen = visible[:, start:end, :end]
+      met = meet(block, key[..., :end], value[..., :end, :], seen, masking.scale, masking.softcap)
       parts.append(met.normalised().reshape(rows, key.shape[1], end - start, -1, head_dim))
     out = jnp.swapaxes(jnp.concatenate(parts, axis=2), 1, 2)
     return out.reshape(query.shape).astype(query.dtype), cache
