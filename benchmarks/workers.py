@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {
+  "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # as `tsalign` starts itself; for all sides alike
   "HF_HUB_OFFLINE": "1",
   "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait for work sleep: a spinning one takes a core from its sibling
   "TF_CPP_MIN_LOG_LEVEL": "2",

@@ -174,8 +174,20 @@ def _need_run(folder: Path) -> None:
     raise UserError(f"{folder}: not a run folder, there is no config.yaml in it")
 
 
+def _use_huge_pages() -> None:
+  """Starts this process anew with huge pages for large arrays, unless the user has tuned the C library already.
+
+  On CPUs, XLA allocates the temporary arrays of a program whenever it runs. With pages of 4 KiB a training step spends
+  a third of its time on the first touch of each; and the C library reads this setting only as it starts.
+  """
+  if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def main() -> None:
   """Entry point: a UserError is one sentence on standard error and exit code 2."""
+  _use_huge_pages()
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   try:
     app()

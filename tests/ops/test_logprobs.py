@@ -19,20 +19,20 @@ def dense(hidden, head, targets, softcap):
 @settings(deadline=None, max_examples=40)
 @given(
   tokens=some.integers(1, 40),
-  chunk=some.integers(1, 50),
+  chunk=some.none() | some.integers(1, 50),
+  part=some.none() | some.integers(1, 35),
   vocab=some.integers(2, 30),
   softcap=some.none() | some.floats(1, 20),
-  unroll=some.booleans(),
   seed=some.integers(0, 1000),
 )
-def test_chunked_equals_dense_with_its_gradients(tokens, chunk, vocab, softcap, unroll, seed):
+def test_chunked_equals_dense_with_its_gradients(tokens, chunk, part, vocab, softcap, seed):
   random = np.random.default_rng(seed)
   shapes = (tokens, 6), (6, vocab), (tokens,)
   hidden, head, weights = (random.normal(size=shape).astype(np.float32) for shape in shapes)
   targets = random.integers(0, vocab, tokens)
 
   def chunked(hidden, head):
-    return token_logprobs(hidden, head, targets, softcap=softcap, chunk=chunk, unroll=unroll)
+    return token_logprobs(hidden, head, targets, softcap=softcap, chunk=chunk, part=part)
 
   ours, pull = jax.vjp(chunked, hidden, head)
   expected, pull_dense = jax.vjp(lambda hidden, head: dense(hidden, head, targets, softcap), hidden, head)
@@ -41,17 +41,16 @@ def test_chunked_equals_dense_with_its_gradients(tokens, chunk, vocab, softcap, 
     np.testing.assert_allclose(gradient, other, atol=1e-5)
 
 
-@pytest.mark.parametrize("unroll", [False, True])
-def test_no_array_of_all_tokens_by_vocabulary(unroll):
+@pytest.mark.parametrize("pieces", [{"chunk": 128}, {"chunk": None, "part": 512}], ids=["chunks", "parts"])
+def test_no_array_of_all_tokens_by_vocabulary(pieces):
   tokens, embed, vocab = 2048, 16, 8192
-  shapes = (tokens, embed), (embed, vocab)
-  hidden, head = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+  shapes = (tokens, embed), (embed, vocab), (tokens,)
+  hidden, head, weights = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
   targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
 
-  def loss(hidden, head, targets):
-    return token_logprobs(hidden, head, targets, unroll=unroll).sum()
+  def loss(hidden, head, weights, targets):
+    return (weights * token_logprobs(hidden, head, targets, **pieces)).sum()
 
-  program = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, head, targets).compile()
+  program = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, head, weights, targets).compile()
   assert f"[{tokens},{vocab}]" not in program.as_text()
-  if not unroll:
-    assert program.memory_analysis().temp_size_in_bytes < tokens * vocab * 4 / 2
+  assert program.memory_analysis().temp_size_in_bytes < tokens * vocab * 4 / 2

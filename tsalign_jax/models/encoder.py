@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tsalign_jax.models.config import EncoderConfig
 from tsalign_jax.models.layers import Embedding, LayerNorm, Linear, Rotation, activate, rotate, rotation
 from tsalign_jax.ops.attention import lay_out, meet
+from tsalign_jax.ops.einsum import heads_first
 from tsalign_jax.types import UserError
 
 
@@ -155,7 +156,7 @@ def attention(
   """Softmax attention of each query over the keys it may see; `turn` rotates queries and keys by position."""
   if turn is not None:
     query, key = rotate(query, turn), rotate(key, turn)
-  met = meet(jnp.swapaxes(query, 1, 2), *lay_out(key, value), visible, scale=query.shape[-1] ** -0.5)
+  met = meet(heads_first(query), *lay_out(key, value), visible, scale=query.shape[-1] ** -0.5)
   return jnp.swapaxes(met.normalised(), 1, 2).astype(query.dtype)
 
 

@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from tsalign_jax.ops import splash
-from tsalign_jax.ops.einsum import soft_cap, wide_matmul
+from tsalign_jax.ops.einsum import heads_first, soft_cap, transposed, wide_matmul
 from tsalign_jax.ops.masking import Masking
 from tsalign_jax.types import Branches, Packed
 
-BLOCK = 256  # queries of a packed row that are computed together
+BLOCK = 128  # queries of a packed row that are computed together
 MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
 
 
@@ -47,10 +47,10 @@ def attend(
   The parts are met apart and joined in the softmax, so the trunk's keys are read once for all branches, and nothing
   is copied to make one long row of keys.
   """
-  batch, k, length, heads, head_dim = query.shape
+  batch, k, length, _, head_dim = query.shape
   kv_heads = own[0].key.shape[2]
-  grouped = query.reshape(batch, k, length, kv_heads, heads // kv_heads, head_dim)
-  rows = jnp.swapaxes(grouped, 2, 3).reshape(batch, k, kv_heads, -1, head_dim)  # rows that meet the same keys
+  grouped = query.reshape(batch, k, length, kv_heads, -1)
+  rows = heads_first(grouped).reshape(batch, k, kv_heads, -1, head_dim)  # rows that meet the same keys
   parts = [_meet_if_seen(rows, position, keys, masking) for keys in own]
   if trunk is not None:
     # The trunk's keys are met by the queries of all its branches at once.
@@ -176,7 +176,7 @@ class PackedRows:
       return splash.attend_packed(query, key, value, self.visible, self.position, masking, self.mesh), cache
     rows, columns, _, head_dim = query.shape
     key, value = lay_out(key, value)
-    grouped = jnp.swapaxes(query.reshape(rows, columns, key.shape[1], -1, head_dim), 1, 2)
+    grouped = heads_first(query.reshape(rows, columns, key.shape[1], -1))
     visible = self.visible
     if (window := masking.window) is not None:
       visible = visible & (self.position[:, :, None] - self.position[:, None] < window)
@@ -195,7 +195,9 @@ def lay_out(
   key: Float[Array, "batch *k length heads head_dim"], value: Float[Array, "batch *k length heads head_dim"]
 ) -> tuple[Float[Array, "batch *k heads head_dim length"], Float[Array, "batch *k heads length head_dim"]]:
   """Keys and values as `Keys` and caches hold them."""
-  return jnp.moveaxis(key, -3, -1), jnp.swapaxes(value, -3, -2)
+  *batch, length, heads, head_dim = key.shape
+  by_column = transposed(key.reshape(*batch, length, -1))
+  return by_column.reshape(*batch, heads, head_dim, length), heads_first(value)
 
 
 def attend_trunk(query: Float[Array, "batch prompt heads head_dim"], trunk: Keys, masking: Masking):

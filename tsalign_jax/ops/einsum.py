@@ -38,26 +38,37 @@ def _forward(a, b):
 def _backward(inputs, cotangent):
   a, b = inputs
   cotangent = cotangent.astype(a.dtype)
-  into_a = _matmul(cotangent, _transposed(b.astype(a.dtype)))
-  into_b = _matmul(_transposed(a), cotangent)
+  into_a = _matmul(cotangent, transposed(b.astype(a.dtype)))
+  into_b = _matmul(transposed(a), cotangent)
   return into_a.astype(a.dtype), into_b.astype(b.dtype)
 
 
-def _transposed(matrix: Float[Array, "*batch rows columns"]) -> Float[Array, "*batch columns rows"]:
+def transposed(matrix: Float[Array, "*batch rows columns"]) -> Float[Array, "*batch columns rows"]:
   """The transpose, on CPUs as an array of its own.
 
   XLA would make it a part of the product that reads it, and its CPU backend computes such a product of bfloat16 arrays
   in float32, at less than half the speed. It does not see through two reshapes.
   """
-  rows = matrix.shape[-2]
-  if matrix.dtype != jnp.bfloat16 or rows % 2:
-    return jnp.swapaxes(matrix, -1, -2)
+  return _moved(matrix, -2, -1)
 
-  def apart(matrix):
-    paired = matrix.reshape(*matrix.shape[:-2], rows // 2, 2, matrix.shape[-1])
-    return jnp.moveaxis(paired, -1, -3).reshape(*matrix.shape[:-2], matrix.shape[-1], rows)
 
-  return jax.lax.platform_dependent(matrix, cpu=apart, default=lambda matrix: jnp.swapaxes(matrix, -1, -2))
+def heads_first(x: Float[Array, "*batch length heads head_dim"]) -> Float[Array, "*batch heads length head_dim"]:
+  """What has a batch of its own for each head, on CPUs as an array of its own: see `transposed`."""
+  return _moved(x, -3, -2)
+
+
+def _moved(x: Float[Array, "..."], source: int, destination: int) -> Float[Array, "..."]:
+  """An axis moved to the next place but one of the last three: `source` is before `destination`, both from the end."""
+  size = x.shape[source]
+  if x.dtype != jnp.bfloat16 or size % 2:
+    return jnp.moveaxis(x, source, destination)
+
+  def apart(x):
+    paired = x.reshape(*x.shape[:source], size // 2, 2, *x.shape[x.ndim + source + 1 :])
+    moved = jnp.moveaxis(paired, (source - 1, source), (destination - 1, destination))
+    return moved.reshape(jnp.moveaxis(x, source, destination).shape)
+
+  return jax.lax.platform_dependent(x, cpu=apart, default=lambda x: jnp.moveaxis(x, source, destination))
 
 
 wide_matmul.defvjp(_forward, _backward)

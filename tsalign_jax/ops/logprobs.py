@@ -1,14 +1,16 @@
 """Log-probabilities of target tokens without ever holding [tokens, vocab] in float32."""
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tsalign_jax.ops.einsum import soft_cap, sum_exp, wide_dot
+from tsalign_jax.ops.einsum import soft_cap, sum_exp, transposed, wide_dot
 
 CHUNK = 256  # tokens
+PART = 2048  # columns of the vocabulary
 
 
 def token_logprobs(
@@ -17,54 +19,90 @@ def token_logprobs(
   targets: Int[Array, " tokens"],
   *,
   softcap: float | None = None,
-  chunk: int = CHUNK,
-  unroll: bool = False,
+  chunk: int | None = CHUNK,
+  part: int | None = None,
 ) -> Float[Array, " tokens"]:
-  """log p(target) of each token, in nats and float32, computed `chunk` tokens at a time.
+  """log p(target) of each token, in nats and float32, computed a piece of [tokens, vocab] at a time.
 
-  Both passes hold [chunk, vocab] at most: the backward pass computes the logits of a chunk again. Products are in the
-  dtype of `hidden`, and the gradient of a float32 `head` is summed over the chunks in float32. `unroll` lays the
-  chunks out one after the other instead of scanning them, which CPUs run faster.
+  A piece is `chunk` tokens by `part` columns of the vocabulary; None takes all. Chunks are scanned, and leave a
+  sharded vocabulary where it is; parts are laid out one after the other, and suit the caches of a CPU. The backward
+  pass computes the logits of a piece again. Products are in the dtype of `hidden`, and the gradient of a float32
+  `head` is summed in float32.
   """
+  of_chunk = functools.partial(_logprobs, softcap, part)
   tokens = hidden.shape[0]
-  chunk = min(chunk, tokens)
+  if chunk is None or chunk >= tokens:
+    return of_chunk(hidden, head, targets)
   padding = -tokens % chunk
   hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, hidden.shape[1])
   targets = jnp.pad(targets, (0, padding)).reshape(-1, chunk)
-  if unroll:
-    parts = [_chunk_logprobs(softcap, rows, head, wanted) for rows, wanted in zip(hidden, targets, strict=True)]
-    return jnp.concatenate(parts)[:tokens]
-  of_chunk = functools.partial(_chunk_logprobs, softcap)
   return jax.lax.map(lambda pair: of_chunk(pair[0], head, pair[1]), (hidden, targets)).reshape(-1)[:tokens]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunk_logprobs(softcap: float | None, hidden, head, targets) -> Float[Array, " chunk"]:
-  return _forward(softcap, hidden, head, targets)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _logprobs(softcap: float | None, part: int | None, hidden, head, targets) -> Float[Array, " tokens"]:
+  return _forward(softcap, part, hidden, head, targets)[0]
 
 
-def _forward(softcap: float | None, hidden, head, targets):
-  logits = soft_cap(wide_dot(hidden, head), softcap)
-  highest = logits.max(-1, keepdims=True)
-  normaliser = highest[:, 0] + jnp.log(sum_exp(logits - highest))
-  logprobs = jnp.where(_is_target(targets, logits), logits, 0.0).sum(-1) - normaliser
-  return logprobs, (hidden, head, targets, normaliser)
+def _forward(softcap: float | None, part: int | None, hidden, head, targets):
+  of_target, normaliser = jnp.zeros(targets.shape), jnp.full(targets.shape, -jnp.inf)
+  for start, columns in _parts(head, part):
+    after = _after(of_target - normaliser, hidden) if start else hidden
+    logits = soft_cap(wide_dot(after, columns), softcap)
+    highest = logits.max(-1, keepdims=True)
+    normaliser = jnp.logaddexp(normaliser, highest[:, 0] + jnp.log(sum_exp(logits - highest)))
+    of_target += _target_logit(targets - start, logits)
+  return of_target - normaliser, (hidden, head, targets, normaliser)
 
 
-def _backward(softcap: float | None, saved, cotangent):
+def _backward(softcap: float | None, part: int | None, saved, cotangent):
   """d log p(target) / d logit is 1 at the target, less p everywhere."""
   hidden, head, targets, normaliser = saved
-  logits, product = jax.vjp(wide_dot, hidden, head)
-  logits = soft_cap(logits, softcap)
-  into_logits = _is_target(targets, logits) - jnp.exp(logits - normaliser[:, None])
-  if softcap is not None:
-    into_logits = into_logits * (1 - jnp.square(logits / softcap))
-  return *product(into_logits * cotangent[:, None]), None
+  into_hidden, into_head = jnp.zeros(hidden.shape), []
+  for start, columns in _parts(head, part):
+    after = _after(into_hidden if start else cotangent, hidden)
+    logits = soft_cap(wide_dot(after, columns), softcap)
+    into_logits = _is_target(targets - start, logits) - jnp.exp(logits - normaliser[:, None])
+    if softcap is not None:
+      into_logits = into_logits * (1 - jnp.square(logits / softcap))
+    into_logits = (into_logits * cotangent[:, None]).astype(hidden.dtype)
+    into_hidden += wide_dot(into_logits, transposed(columns.astype(hidden.dtype)))
+    into_head.append(wide_dot(transposed(hidden), into_logits))
+  return into_hidden.astype(hidden.dtype), jnp.concatenate(into_head, axis=1).astype(head.dtype), None
 
 
-_chunk_logprobs.defvjp(_forward, _backward)
+_logprobs.defvjp(_forward, _backward)
 
 
-def _is_target(targets, logits) -> Bool[Array, "chunk vocab"]:
+def _parts(head: Float[Array, "embed vocab"], part: int | None) -> Iterator[tuple[int, Float[Array, "embed part"]]]:
+  """(first column, columns) of each part of the vocabulary."""
+  for start in range(0, head.shape[1], part or head.shape[1]):
+    yield start, head if part is None else head[:, start : start + part]
+
+
+def _after(earlier: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+  """x, once something else is computed: zero is added to it, which XLA cannot know.
+
+  XLA's CPU backend ignores barriers. It would compute the logits of all parts first, and keep them for the backward
+  pass: an array of [tokens, vocab] in all but name.
+  """
+  return x + jnp.minimum(jnp.abs(earlier).max(), 0).astype(x.dtype)
+
+
+def _target_logit(targets, logits) -> Float[Array, " tokens"]:
+  """The logit of each target, 0 where it is in another part of the vocabulary."""
+
+  def by_mask(targets, logits):
+    return jnp.where(_is_target(targets, logits), logits, 0.0).sum(-1)
+
+  def by_index(targets, logits):
+    columns = logits.shape[-1]
+    found = jnp.take_along_axis(logits, jnp.clip(targets, 0, columns - 1)[:, None], axis=1)[:, 0]
+    return jnp.where((targets >= 0) & (targets < columns), found, 0.0)
+
+  return jax.lax.platform_dependent(targets, logits, cpu=by_index, default=by_mask)
+
+
+def _is_target(targets, logits) -> Bool[Array, "tokens columns"]:
   """A mask and not an index: it stays local where the vocabulary is sharded, and nothing is gathered or scattered."""
   return jnp.arange(logits.shape[-1]) == targets[:, None]

@@ -18,7 +18,7 @@ from tsalign_jax.models.loading import ModelHandle
 from tsalign_jax.models.lora import adapted_skeleton
 from tsalign_jax.objectives import dpo
 from tsalign_jax.ops.attention import PackedRows
-from tsalign_jax.ops.logprobs import token_logprobs
+from tsalign_jax.ops.logprobs import PART, token_logprobs
 from tsalign_jax.parallel.mesh import constrain_batch, put_batch
 from tsalign_jax.training.optimizer import ROUND_ALIKE
 from tsalign_jax.types import Packed
@@ -46,7 +46,7 @@ def branch_logps(
       language_model.head(),
       batch.target.reshape(-1),
       softcap=model.config.logit_softcap,
-      unroll=model.layout == "unrolled",
+      **({"chunk": None, "part": PART} if model.layout == "unrolled" else {}),
     )
   branches = batch.length[0].size
   of_branch = batch.owner[..., None] == jnp.arange(branches)
