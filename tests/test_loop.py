@@ -31,11 +31,13 @@ COMMAND = [sys.executable, "-m", "tsalign_jax.cli", "run"]
 
 
 def metrics_of(folder) -> dict:
-  """Metrics without the times, which are the only part that may differ between two runs."""
+  """Metrics without times and speeds, which are the only part that may differ between two runs."""
   metrics = json.loads((folder / "metrics.json").read_text())
   assert metrics.pop("seconds").keys() == {
     "sample", "score", "mine", "judge", "pair", "align", "distil", "answer", "evaluate"
   }  # fmt: skip
+  speed = metrics.pop("pairs_per_second")
+  assert speed["student"] > 0 and speed["teacher"] > 0
   return metrics
 
 
@@ -62,6 +64,9 @@ def test_a_run_leaves_every_table_and_metric(setting):
   assert metrics["kl_from_initial"] > 0.01  # trained at a high rate: the policy has moved
   for key in ("student_accuracy_mined", "student_accuracy_random"):
     assert set(metrics[key]) == {"initial", "now"} and all(0 <= value <= 1 for value in metrics[key].values())
+  for found in metrics["student_calibration"].values():
+    assert 0 <= found["error"] <= 0.5 and sum(each["pairs"] for each in found["bins"]) > 8
+  assert metrics["student_regret"]["prompts"] == 8 and 0 <= metrics["student_regret"]["pick"] <= 1
   pairs = pq.read_table(folder / "run" / "round_01" / "pairs.parquet").to_pylist()
   kept = [row for row in pairs if row["dropped"] is None]
   assert len(kept) == json.loads((folder / "run" / "round_01" / "metrics.json").read_text())["pairs"]

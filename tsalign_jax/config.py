@@ -370,6 +370,8 @@ class Evaluation(Section):
   """Temperature of these answers."""
   resamples: Count = 2000
   """Bootstrap resamples of the prompts behind the 95% interval."""
+  regret_prompts: Annotated[int, Field(ge=0)] = 64
+  """Prompts of a round whose responses a teacher that gives scores sees all, for the student's regret; 0: none."""
 
 
 class Mesh(Section):

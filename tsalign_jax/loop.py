@@ -86,6 +86,10 @@ def write_metrics(run: Path, manifest: Manifest, folder: str) -> None:
     **entries["evaluate"]["counts"],
     "pairs": entries["pair"]["counts"]["pairs"],
     "flip_rate": entries["pair"]["counts"]["flip_rate"],
+    "pairs_per_second": {
+      "student": entries["score"]["counts"]["pairs_per_second"],
+      "teacher": entries["judge"]["counts"]["pairs_per_second"],
+    },
     "dropped": {reason: count for reason, count in dropped.items() if count},
     "seconds": {name: round(entry["seconds"], 1) for name, entry in entries.items()},
   }

@@ -60,6 +60,17 @@ def test_report_shows_the_numbers_of_every_round(tmp_path, rounds):
   assert "max_tokens: 512" in seen
 
 
+def test_report_says_how_good_the_student_is(tmp_path):
+  run = fabricate(tmp_path / "run", 2)
+  seen = words(page(run))
+  assert "1 21% → 17% 1.25 2.75 412 3.75" in seen and "2 21% → 13% 2.25 3.75 412 3.75" in seen
+  assert "After round 2, the student is sure 55.4% 87.1% and right 53.1% 88.0% pairs 301 1,207" in seen
+  change_metrics(run, 2, student_regret=None, pairs_per_second={"student": 9.0, "teacher": None})
+  assert "2 21% → 13% – – 9 –" in words(page(run))
+  change_metrics(run, 2, student_calibration=None)
+  assert "How good is the student?" not in words(page(run))
+
+
 @pytest.mark.parametrize(
   ("win_rate", "sentence"),
   [

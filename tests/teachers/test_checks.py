@@ -184,7 +184,7 @@ def test_equal_scores_are_a_tie():
 @pytest.mark.parametrize(("spec", "response"), SATISFIED + VIOLATED)
 def test_scores_are_what_the_verdict_rests_on(spec, response):
   candidates = pair(response, "", [spec])
-  first, second = TEACHER.scores(candidates.prompt, [response, ""])
+  ((first, second),) = TEACHER.scores([(candidates.prompt, [response, ""])])
   verdict = TEACHER.judge([candidates])[0].verdict
   assert verdict == (Verdict.FIRST if first > second else Verdict.TIE)
 
@@ -210,8 +210,8 @@ def test_each_limit_of_words_separates_at_most_from_more(response, limit):
 
 def test_default_checks_judge_prompts_that_have_none():
   teacher = ChecksTeacher(default=SHORT_AND_PLAIN)
-  assert teacher.scores(Prompt(0, []), ["Boil, pour.", "Boil."]) == [0.5, 1.0]
-  assert teacher.scores(Prompt(0, [], [{"name": "no_digits"}]), ["Boil, pour."]) == [1.0]
+  asked = [(Prompt(0, []), ["Boil, pour.", "Boil."]), (Prompt(0, [], [{"name": "no_digits"}]), ["Boil, pour."])]
+  assert teacher.scores(asked) == [[0.5, 1.0], [1.0]]
 
 
 def test_prompt_without_any_checks_is_named_before_anything_is_judged():

@@ -78,6 +78,14 @@ def test_verdict_margin_and_probability_follow_from_the_scores_of_transformers(k
   assert len(verdicts) == 3
 
 
+def test_scores_are_what_the_verdicts_rest_on(folders, tmp_path):
+  with teacher_of(folders["decoder"], tmp_path) as teacher:
+    judged = teacher.judge(PAIRS)
+    found = teacher.scores([(pair.prompt, [pair.second, pair.first]) for pair in PAIRS])
+  evidence = [[judgement.evidence[side]["score"] for side in ("second", "first")] for judgement in judged]
+  assert found == evidence
+
+
 def test_probability_of_a_hopeless_pair_is_a_number():
   low, high = (reward_model.Score(value, 1, False, 0.0) for value in (-900.0, 900.0))
   assert reward_model.compare(low, high).probability == 0 and reward_model.compare(high, low).probability == 1

@@ -1,8 +1,10 @@
-"""Win rates and agreement with their uncertainty: pure numpy."""
+"""Win rates, agreement and calibration: pure numpy."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from tsalign_jax.types import Verdict
 
@@ -45,3 +47,53 @@ def accuracy(margins: Sequence[float], verdicts: Sequence[Verdict]) -> float:
       sign = 1 if verdict is Verdict.FIRST else -1
       agreed.append(0.5 + 0.5 * np.sign(margin) * sign)
   return float(np.mean(agreed)) if agreed else float("nan")
+
+
+class Bin(NamedTuple):
+  """Pairs of which a student was about equally sure: how sure, how often it was right, and how many they are."""
+
+  confidence: float
+  accuracy: float
+  pairs: int
+
+
+class Calibration(NamedTuple):
+  """How far a student's certainty is from how often it is right, on average over the pairs, and bin by bin."""
+
+  error: float
+  bins: list[Bin]
+
+
+def calibration(margins: Sequence[float], verdicts: Sequence[Verdict], *, bins: int = 5) -> Calibration:
+  """Expected calibration error (Guo et al. 2017, eq. 3) of the student's order, on the pairs the teacher decided.
+
+  The student is sure of its order with probability sigmoid(|margin|), between 0.5 and 1; the bins divide this range
+  evenly, and empty ones are left out. It is right where the teacher's order is the same; its ties count half.
+  """
+  decided = [(m, v) for m, v in zip(margins, verdicts, strict=True) if v in (Verdict.FIRST, Verdict.SECOND)]
+  if not decided:
+    return Calibration(float("nan"), [])
+  margin = np.asarray([m for m, _ in decided], float)
+  side = np.asarray([1 if v is Verdict.FIRST else -1 for _, v in decided])
+  sure, right = 1 / (1 + np.exp(-np.abs(margin))), 0.5 + 0.5 * np.sign(margin) * side
+  place = np.minimum((2 * bins * (sure - 0.5)).astype(int), bins - 1)
+  groups = [place == index for index in range(bins) if (place == index).any()]
+  found = [Bin(float(sure[group].mean()), float(right[group].mean()), int(group.sum())) for group in groups]
+  error = sum(each.pairs * abs(each.accuracy - each.confidence) for each in found) / len(decided)
+  return Calibration(error, found)
+
+
+class Regret(NamedTuple):
+  """By how much, in the teacher's score, a prompt's best response is better than the student's pick, and any."""
+
+  pick: float
+  random: float
+  prompts: int
+
+
+def regret(picks: Sequence[int], scores: Sequence[Float[np.ndarray, " k"]]) -> Regret:
+  """The mean regret over prompts; `picks` index the student's favourite among the responses that have these scores."""
+  best = np.asarray([np.max(each) for each in scores])
+  picked = np.asarray([each[pick] for pick, each in zip(picks, scores, strict=True)])
+  anything = np.asarray([np.mean(each) for each in scores])
+  return Regret(float(np.mean(best - picked)), float(np.mean(best - anything)), len(scores))

@@ -83,6 +83,9 @@ def _round(config: Config, number: int, train: Path, heldout: Path, policy: Path
   yield _answer(config, name, heldout, folder / "policy")
   reads = {
     "prompts": heldout,
+    "train_prompts": train,
+    "responses": folder / "responses.parquet",
+    "scores": folder / "scores.parquet",
     "base_answers": start / "answers.parquet",
     "policy_answers": folder / "answers.parquet",
     "student_initial": first_student(config),

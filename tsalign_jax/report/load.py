@@ -21,6 +21,14 @@ class Change:
 
 
 @dataclasses.dataclass(frozen=True)
+class Calibration:
+  """How far a student's certainty is from how often it is right; bins of {confidence, accuracy, pairs}."""
+
+  error: float | None = None
+  bins: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
 class Metrics:
   """The outcome of one finished round, field by field as in its metrics.json."""
 
@@ -39,6 +47,14 @@ class Metrics:
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
   heldout_prompts: int | None = None
   flip_rate: float | None = None
+  student_calibration: dict[str, Calibration] = dataclasses.field(default_factory=dict)
+  student_regret: dict[str, float] = dataclasses.field(default_factory=dict)
+  pairs_per_second: dict[str, float | None] = dataclasses.field(default_factory=dict)
+
+  @property
+  def calibration_error(self) -> Change:
+    """The student's calibration error when the run began and after this round."""
+    return Change(*(self.student_calibration.get(name, Calibration()).error for name in ("initial", "now")))
 
   @property
   def judged(self) -> int:
@@ -150,6 +166,8 @@ def _metrics(content: dict[str, Any]) -> Metrics:
   known = {name: content[name] for name in fields if content.get(name) is not None}
   for name in ("student_accuracy_mined", "student_accuracy_random"):
     known[name] = Change(**known.get(name, {}))
+  if "student_calibration" in known:
+    known["student_calibration"] = {name: Calibration(**each) for name, each in known["student_calibration"].items()}
   if "win_rate_ci" in known:
     known["win_rate_ci"] = tuple(known["win_rate_ci"])
   return Metrics(**known)

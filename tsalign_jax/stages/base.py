@@ -1,7 +1,9 @@
 """What a stage is: a function from files to files, called with a `Job` that holds everything it may use."""
 
+import contextlib
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,6 +66,26 @@ class Job:
     if Path(source) == model.folder:
       return model.load(self.mesh, head_key=jax.random.key(self.config.seed))
     return model.restore(source, self.mesh)
+
+
+class Pace:
+  """How fast a part of a stage is, in the process that ends it: compilation counts, what was done before does not."""
+
+  def __init__(self, clock: Callable[[], float] = time.monotonic):
+    self._clock, self._done, self._seconds = clock, 0.0, 0.0
+
+  @contextlib.contextmanager
+  def of(self, amount: float) -> Iterator[None]:
+    """Times the work in this context, which is so much."""
+    started = self._clock()
+    yield
+    self._seconds += self._clock() - started
+    self._done += amount
+
+  @property
+  def per_second(self) -> float | None:
+    """The amount done in a second; None if nothing was."""
+    return self._done / self._seconds if self._done and self._seconds else None
 
 
 Counts = dict[str, Any]  # what a stage reports: numbers for the manifest and the metrics

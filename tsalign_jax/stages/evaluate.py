@@ -7,17 +7,14 @@ import numpy as np
 
 from tsalign_jax.data.packing import Item, Packing
 from tsalign_jax.data.tables import COMPARISONS, Rows, by_prompt, read_table, to_prompt, write_table
-from tsalign_jax.pairing.mine import best_worst, random_pairs
-from tsalign_jax.pairing.statistics import accuracy, bootstrap_interval, win_rate
+from tsalign_jax.pairing.statistics import bootstrap_interval, win_rate
 from tsalign_jax.parallel.mesh import batch_ways, put_batch
-from tsalign_jax.scoring.reward import build_reward_engine
 from tsalign_jax.stages.base import Counts, Job
+from tsalign_jax.stages.diagnose import student_quality, student_regret
 from tsalign_jax.teachers.base import Teacher
 from tsalign_jax.teachers.build import build_teacher
 from tsalign_jax.training.align import build_reference
-from tsalign_jax.types import CandidatePair, Judgement, Prompt, Verdict
-
-RANDOM_PAIRS = 4  # a held-out prompt, for the student's accuracy
+from tsalign_jax.types import CandidatePair, Judgement, Verdict
 
 
 def evaluate(job: Job) -> Counts:
@@ -28,7 +25,8 @@ def evaluate(job: Job) -> Counts:
     with build_teacher(job.config) as teacher:
       metrics = _win_rate(job, teacher, prompts, base, policy)
       advance(1, f"win rate {metrics['win_rate']:.1%}")
-      metrics |= _student_accuracy(job, teacher, prompts, {i: [*base[i], *policy[i]] for i in prompts})
+      metrics |= student_quality(job, teacher, prompts, {i: [*base[i], *policy[i]] for i in prompts})
+      metrics |= student_regret(job, teacher)
       advance(2, "")
     metrics["kl_from_initial"] = _kl(job, prompts, policy)
     advance(1, "")
@@ -71,37 +69,6 @@ def _comparison(prompts, prompt_id: int, ours: dict, theirs: dict, judgement: Ju
     "verdict": judgement.verdict,
     "evidence": json.dumps(judgement.evidence),
   }
-
-
-def _student_accuracy(job: Job, teacher: Teacher, prompts: dict[int, dict], answers: dict[int, Rows]) -> dict:
-  """How often S(0) and the student of now order held-out answers as the teacher does.
-
-  Random pairs are the same for both; mined pairs are each student's own best and worst of the same answers.
-  """
-  engine = build_reward_engine(job.student(), job.mesh, job.config.student)
-  texts = {i: list(dict.fromkeys(row["text"] for row in rows)) for i, rows in answers.items()}
-  texts = {i: choices for i, choices in texts.items() if len(choices) > 1}
-  items = [engine.encode(prompts[i]["prompt"], choices) for i, choices in texts.items()]
-  random = [random_pairs(range(len(texts[i])), RANDOM_PAIRS, (job.config.seed, i)) for i in texts]
-  out: dict[str, dict[str, float]] = {"student_accuracy_mined": {}, "student_accuracy_random": {}}
-  for name in ("initial", "now"):
-    params = job.load(engine.model, job.reads[f"student_{name}"])
-    scores = dict(engine.score(params, items))
-    mined = [best_worst(range(len(scores[n])), scores[n], min_margin=0.0) for n in range(len(items))]
-    mined = [[] if isinstance(found, str) else [(found.first, found.second)] for found in mined]
-    for kind, pairs in (("mined", mined), ("random", random)):
-      out[f"student_accuracy_{kind}"][name] = _agreement(teacher, prompts, texts, scores, pairs)
-  return out
-
-
-def _agreement(teacher, prompts, texts, scores, pairs: list[list[tuple[int, int]]]) -> float:
-  margins, candidates = [], []
-  for n, (i, choices) in enumerate(texts.items()):
-    prompt: Prompt = to_prompt(prompts[i])
-    for first, second in pairs[n]:
-      margins.append(scores[n][first] - scores[n][second])
-      candidates.append(CandidatePair(prompt, choices[first], choices[second]))
-  return accuracy(margins, [judgement.verdict for judgement in teacher.judge(candidates)])
 
 
 def _kl(job: Job, prompts: dict[int, dict], policy: dict[int, Rows]) -> float:

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 from tsalign_jax.data.tables import VERDICTS, Rows, read_table, to_prompt, write_table
-from tsalign_jax.stages.base import Counts, Job, gathered, shards
+from tsalign_jax.stages.base import Counts, Job, Pace, gathered, shards
 from tsalign_jax.teachers.build import build_teacher
 from tsalign_jax.teachers.statistics import Judged, statistics
 from tsalign_jax.types import CandidatePair, Verdict
@@ -18,16 +18,20 @@ def judge(job: Job) -> Counts:
   texts = {(row["prompt_id"], row["response_id"]): row["text"] for row in read_table(job.reads["responses"])}
   candidates = read_table(job.reads["candidates"], used_only=True)
   groups = [candidates[start : start + BATCH] for start in range(0, len(candidates), BATCH)]
+  pace = Pace()
   with build_teacher(job.config) as teacher, job.progress(len(candidates), "pairs") as advance:
     for index, file in shards(job, len(groups)):
       pairs = [CandidatePair(prompts[row["prompt_id"]], *_texts(texts, row)) for row in groups[index]]
-      write_table(file, _rows(groups[index], teacher.judge(pairs)), VERDICTS)
+      with pace.of(len(pairs)):
+        judged = teacher.judge(pairs)
+      write_table(file, _rows(groups[index], judged), VERDICTS)
       advance(len(pairs), teacher.note())
   table = gathered(job)
   write_table(job.writes["verdicts"], table, VERDICTS)
   judged = [Judged(*_texts(texts, row), Verdict(row["verdict"]), json.loads(row["evidence"])) for row in table]
   verdicts = dict(sorted(Counter(row["verdict"] for row in table).items()))
-  return {"teacher": teacher.identity, "verdicts": verdicts, **statistics(judged).shares()}
+  shares = statistics(judged).shares()
+  return {"teacher": teacher.identity, "verdicts": verdicts, "pairs_per_second": pace.per_second, **shares}
 
 
 def _texts(texts: dict[tuple[int, int], str], row: dict) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 from tsalign_jax.data.tables import SCORES, by_prompt, read_table, write_table
 from tsalign_jax.scoring.reward import build_reward_engine
-from tsalign_jax.stages.base import Counts, Job
+from tsalign_jax.stages.base import Counts, Job, Pace
 
 
 def score(job: Job) -> Counts:
@@ -13,7 +13,8 @@ def score(job: Job) -> Counts:
   engine = build_reward_engine(model, job.mesh, job.config.student)
   items = [engine.encode(prompts[i], [row["text"] for row in rows]) for i, rows in responses.items()]
   params, ids, table = job.load(model, job.reads["student"]), list(responses), []
-  with job.progress(sum(len(rows) for rows in responses.values()), "responses") as advance:
+  pace, total = Pace(), sum(len(rows) for rows in responses.values())
+  with job.progress(total, "responses") as advance, pace.of(total / 2):
     for index, scores in engine.score(params, items):
       rows = responses[ids[index]]
       table += [
@@ -23,4 +24,5 @@ def score(job: Job) -> Counts:
       advance(len(rows), "")
   table.sort(key=lambda row: (row["prompt_id"], row["response_id"]))
   write_table(job.writes["scores"], table, SCORES)
-  return {"scored": len(table), "cut_to_student_limit": sum(sum(item.cut) for item in items)}
+  cut = sum(sum(item.cut) for item in items)
+  return {"scored": len(table), "cut_to_student_limit": cut, "pairs_per_second": pace.per_second}

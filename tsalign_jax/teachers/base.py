@@ -30,6 +30,10 @@ class Teacher(Protocol):
     future.set_result(self.judge(pairs))
     return future
 
+  def scores(self, asked: Sequence[tuple[Prompt, Sequence[str]]]) -> list[list[float]] | None:
+    """The score of each response to each prompt, the higher the better; None from a teacher that only compares."""
+    return None
+
   def note(self) -> str:
     """What is worth showing beside the progress of judging, such as the cost so far; may be empty."""
     return ""

@@ -117,9 +117,9 @@ class ChecksTeacher(Teacher):
       raise UserError(f"row {prompt.id + 1} of {source} has no checks, nor has the checks teacher default ones")
     return prompt.checks or self.default
 
-  def scores(self, prompt: Prompt, responses: Sequence[str]) -> list[float]:
-    """Share of the prompt's checks that each response satisfies."""
-    return [score(response, self.checks_of(prompt)) for response in responses]
+  def scores(self, asked: Sequence[tuple[Prompt, Sequence[str]]]) -> list[list[float]]:
+    """Share of its prompt's checks that each response satisfies."""
+    return [[score(response, self.checks_of(prompt)) for response in responses] for prompt, responses in asked]
 
   def judge(self, pairs: Sequence[CandidatePair]) -> list[Judgement]:
     """One judgement for each pair, in order; equal scores are a TIE. Evidence: scores and failed checks."""

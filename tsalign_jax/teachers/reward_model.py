@@ -60,8 +60,13 @@ class RewardModelTeacher(Teacher):
 
   def judge(self, pairs: Sequence[CandidatePair]) -> list[Judgement]:
     """One judgement for each pair, in order. Evidence: the two scores, their difference, and what was cut."""
-    scores = iter(self._scores([(pair.prompt.messages, text) for pair in pairs for text in (pair.first, pair.second)]))
+    scores = iter(self._known([(pair.prompt.messages, text) for pair in pairs for text in (pair.first, pair.second)]))
     return [compare(next(scores), next(scores)) for _ in pairs]
+
+  def scores(self, asked: Sequence[tuple[Prompt, Sequence[str]]]) -> list[list[float]]:
+    """The score of each response to each prompt."""
+    found = iter(self._known([(prompt.messages, text) for prompt, responses in asked for text in responses]))
+    return [[next(found).value for _ in responses] for _, responses in asked]
 
   def note(self) -> str:
     """How much has been scored in this run so far."""
@@ -77,7 +82,8 @@ class RewardModelTeacher(Teacher):
     self._store.close()
     self._model = None  # gives the memory back
 
-  def _scores(self, asked: Sequence[Question]) -> list[Score]:
+  def _known(self, asked: Sequence[Question]) -> list[Score]:
+    """Scores from the store; those that are not in it are computed and stored."""
     keys = [self._key(question) for question in asked]
     known = self._store.get(keys)
     missing = {key: question for key, question in zip(keys, asked, strict=True) if key not in known}

@@ -1,0 +1,70 @@
+"""How good the student is, asked of the teacher: accuracy, calibration, and what its picks cost."""
+
+import numpy as np
+
+from tsalign_jax.data.tables import Rows, by_prompt, read_table, to_prompt
+from tsalign_jax.pairing.mine import best_worst, random_pairs
+from tsalign_jax.pairing.statistics import accuracy, calibration, regret
+from tsalign_jax.scoring.reward import build_reward_engine
+from tsalign_jax.seeding import derived_seed
+from tsalign_jax.stages.base import Counts, Job
+from tsalign_jax.teachers.base import Teacher
+from tsalign_jax.types import CandidatePair, Verdict
+
+RANDOM_PAIRS = 4  # a held-out prompt, for the student's accuracy and calibration
+
+Choices = list[list[tuple[int, int]]]  # for each prompt, pairs of responses by index
+
+
+def student_quality(job: Job, teacher: Teacher, prompts: dict[int, dict], answers: dict[int, Rows]) -> Counts:
+  """How often the first student and the one of this round order held-out answers as the teacher does.
+
+  On random pairs, which are the same for both students, with their calibration there; and on mined ones, which are
+  each student's own best and worst of the same answers.
+  """
+  engine = build_reward_engine(job.student(), job.mesh, job.config.student)
+  texts = {i: list(dict.fromkeys(row["text"] for row in rows)) for i, rows in answers.items()}
+  texts = {i: choices for i, choices in texts.items() if len(choices) > 1}
+  items = [engine.encode(prompts[i]["prompt"], choices) for i, choices in texts.items()]
+
+  def verdicts(pairs: Choices) -> list[Verdict]:
+    candidates = [
+      CandidatePair(to_prompt(prompts[i]), choices[first], choices[second])
+      for (i, choices), of_prompt in zip(texts.items(), pairs, strict=True)
+      for first, second in of_prompt
+    ]
+    return [judgement.verdict for judgement in teacher.judge(candidates)]
+
+  random = [random_pairs(range(len(texts[i])), RANDOM_PAIRS, (job.config.seed, i)) for i in texts]
+  on_random = verdicts(random)
+  out: Counts = {"student_accuracy_mined": {}, "student_accuracy_random": {}, "student_calibration": {}}
+  for name in ("initial", "now"):
+    scores = dict(engine.score(job.load(engine.model, job.reads[f"student_{name}"]), items))
+    mined = [best_worst(range(len(scores[n])), scores[n], min_margin=0.0) for n in range(len(items))]
+    mined = [[] if isinstance(found, str) else [(found.first, found.second)] for found in mined]
+    out["student_accuracy_mined"][name] = accuracy(_margins(scores, mined), verdicts(mined))
+    margins = _margins(scores, random)
+    out["student_accuracy_random"][name] = accuracy(margins, on_random)
+    found = calibration(margins, on_random)
+    out["student_calibration"][name] = {"error": found.error, "bins": [each._asdict() for each in found.bins]}
+  return out
+
+
+def student_regret(job: Job, teacher: Teacher) -> Counts:
+  """What the picks of the student that scored this round's responses cost, by the teacher's scores of all of them.
+
+  On some of the round's prompts; nothing from a teacher that gives no scores.
+  """
+  prompts = {row["prompt_id"]: to_prompt(row) for row in read_table(job.reads["train_prompts"])}
+  responses, scores = (by_prompt(read_table(job.reads[name])) for name in ("responses", "scores"))
+  order = sorted(responses, key=lambda i: (derived_seed(job.config.seed, "regret", i), i))
+  chosen = order[: job.config.evaluation.regret_prompts]
+  found = teacher.scores([(prompts[i], [row["text"] for row in responses[i]]) for i in chosen]) if chosen else None
+  if found is None:
+    return {}
+  picks = [int(np.argmax([row["score"] for row in scores[i]])) for i in chosen]
+  return {"student_regret": regret(picks, [np.asarray(each) for each in found])._asdict()}
+
+
+def _margins(scores: dict[int, list[float]], pairs: Choices) -> list[float]:
+  return [scores[n][first] - scores[n][second] for n, of_prompt in enumerate(pairs) for first, second in of_prompt]
