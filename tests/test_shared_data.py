@@ -7,12 +7,32 @@ import pytest
 import tiny
 from rich.console import Console
 
-from tsalign_jax.config import load_config
+from tsalign_jax.config import RewardConfig, load_config
 from tsalign_jax.loop import run
 from tsalign_jax.progress import terminal_progress
+from tsalign_jax.train_reward import train_reward
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="no folder shared/data beside the project")
+
+
+def test_a_reward_model_trains_on_human_preferences_and_names_what_it_drops(tmp_path):
+  tiny.encoder("bert", tmp_path / "model")
+  tiny.bert_tokenizer(tmp_path / "model")
+  for name, count in (("train", 60), ("test", 20)):
+    rows = (DATA / "hh_rlhf" / f"preferences.{name}.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / f"{name}.jsonl").write_text("".join(rows[:count]))
+  config = RewardConfig(
+    run=tmp_path / "run",
+    model={"path": tmp_path / "model", "dtype": "float32", "max_tokens": 100},
+    pairs={"train": [str(tmp_path / "train.jsonl")], "heldout": str(tmp_path / "test.jsonl")},
+    training={"batch_size": 8, "microbatch_tokens": 2048},
+  )
+  train_reward(config, terminal_progress(Console(quiet=True)))
+  metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+  assert metrics["dropped"].keys() == {"longer than 100 tokens"} and 0 < metrics["heldout_cut"] < 20
+  assert metrics["train_pairs"] + metrics["dropped"]["longer than 100 tokens"] == 60
+  assert metrics["heldout_pairs"] == 20 and 0 <= metrics["accuracy"] <= 1
 
 
 def test_the_loop_runs_on_real_prompts_and_replays_human_preferences(tmp_path):

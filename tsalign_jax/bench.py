@@ -198,7 +198,7 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
 
   two_of_each = [texts[:2] for texts in sampled.texts]
   pairs = [reward.Example(engine.encode(*each), 0.0) for each in zip(sampled.prompts, two_of_each, strict=True)]
-  steps = _steps(len(pairs), settings.batch_size)
+  steps, laid_out = _steps(len(pairs), settings.batch_size), reward.Examples(engine, pairs, settings)
   part = trained_part(model, settings.lora, lambda: params, jax.random.key(0), mesh)
   trainer = build_trainer(reward.build_loss(engine, settings), settings, len(steps), part.skeleton, mesh)
   trainable = part.load()
@@ -206,8 +206,7 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
 
   def epoch():
     for step in steps:
-      parts = reward.make_batches(engine, pairs, step, settings.microbatch_tokens)
-      *state[:], metrics = trainer.step(state[0], part.frozen, state[1], parts)
+      *state[:], metrics = trainer.step(state[0], part.frozen, state[1], laid_out.parts(step))
     return metrics
 
   _, seconds = _timed(epoch, runs)

@@ -142,3 +142,49 @@ def test_scores_of_a_bfloat16_model_are_not_rounded_to_it(tmp_path, one_device):
   decoder_folder(tmp_path, "llama")
   scores = np.asarray(scores_of(tmp_path, one_device, dtype="bfloat16"), np.float32)
   assert (scores != scores.astype(ml_dtypes.bfloat16).astype(np.float32)).any()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bert"])
+def test_pairs_laid_out_together_have_the_scores_that_each_has_alone(family, tmp_path, one_device):
+  if family == "bert":
+    tiny.encoder(family, tmp_path, reward=True)
+    tiny.bert_tokenizer(tmp_path)
+  else:
+    decoder_folder(tmp_path, family)
+  settings = Student(path=tmp_path, dtype="float32", max_tokens=100)
+  model = reward_model(settings)
+  engine, params = build_reward_engine(model, one_device, settings), model.load(one_device)
+  items = [
+    engine.encode(prompt, [responses[0], " ".join(tiny.WORDS[n : 2 * n + 1])])
+    for n, (prompt, responses) in enumerate(6 * ASKED)
+  ]
+  alone = [np.asarray(engine.program(params, engine.collate([item])))[0] for item in items]
+  chosen, found = [*range(0, 18, 2), 5], {}
+  shapes = set()
+  for batch, place in engine.lay_out(items, len(chosen), 512).batches(chosen):
+    rewards = np.asarray(engine.program(params, batch))
+    assert rewards.shape == (*place.shape, 2) and np.isfinite(rewards).all()
+    shapes.add(place.shape)
+    for where in np.argwhere(place >= 0):
+      found[int(place[tuple(where)])] = rewards[tuple(where)]
+  assert sorted(found) == sorted(chosen) and len(shapes) <= 2
+  for index, rewards in found.items():
+    np.testing.assert_allclose(rewards, alone[index], atol=TOLERANCE)
+
+
+def test_pairs_of_any_lengths_need_few_programs(tmp_path, one_device):
+  decoder_folder(tmp_path, "llama")
+  settings = Student(path=tmp_path, dtype="float32", batch_tokens=512, max_tokens=100)
+  model = reward_model(settings)
+  engine, params = build_reward_engine(model, one_device, settings), model.load(one_device)
+  before = engine.program._cache_size()
+  for calls in range(4):
+    items = [
+      engine.encode(
+        [{"role": "user", "content": " ".join(tiny.WORDS[: n + calls])}],
+        [tiny.WORDS[n], " ".join(tiny.WORDS[n : 2 * n])],
+      )
+      for n in range(1, 40, 1 + calls)
+    ]
+    assert sorted(index for index, _ in engine.score(params, items)) == list(range(len(items)))
+  assert engine.program._cache_size() - before <= 2

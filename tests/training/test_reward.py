@@ -14,13 +14,17 @@ from tsalign_jax.models.loading import reward_model
 from tsalign_jax.models.lora import trained_part
 from tsalign_jax.scoring.reward import build_reward_engine, conversation_text
 from tsalign_jax.training.optimizer import build_trainer, fetch
-from tsalign_jax.training.reward import build_loss, make_batches, make_example, pair_losses
+from tsalign_jax.training.reward import Examples, build_loss, make_example, pair_losses
 from tsalign_jax.types import PreferencePair
 
 PAIRS = [
-  PreferencePair([{"role": "user", "content": "tell a cat"}], "the dog", "a big red fish eat the small bird", 0.5),
-  PreferencePair([{"role": "user", "content": "list two ?"}], "sun and sea , tree", "door", 2.0),
-  PreferencePair([{"role": "user", "content": "go"}], "see the road by the house", "rain", 0.0),
+  PreferencePair(
+    [{"role": "user", "content": " ".join(tiny.WORDS[n : n + 3 + n % 4])}],
+    " ".join(tiny.WORDS[2 * n : 2 * n + 1 + 3 * n % 7]),
+    " ".join(tiny.WORDS[n + 30 : n + 31 + 5 * n % 8]),
+    margin=n % 3 / 2,
+  )
+  for n in range(14)
 ]
 LOSSES = {
   "plain": {},
@@ -83,15 +87,15 @@ def engine_of(folder, mesh):
   return build_reward_engine(model, mesh, settings), model.load(mesh)
 
 
-@pytest.mark.parametrize("tokens", [1 << 20, 64], ids=["at once", "in parts"])
-@pytest.mark.parametrize("family", ["qwen2", "gemma2", "bert"])
+@pytest.mark.parametrize("tokens", [1 << 20, 256], ids=["at once", "in parts"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "bert"])
 def test_loss_and_gradient_of_weights_equal_pytorch(family, tokens, tmp_path, one_device):
   peer, inputs = reward_folder(family, tmp_path)
   engine, params = engine_of(tmp_path, one_device)
-  settings = RewardTraining(clip=1e9, **LOSSES["all"])
+  settings = RewardTraining(clip=1e9, microbatch_tokens=tokens, **LOSSES["all"])
   examples = [make_example(engine, pair) for pair in PAIRS]
-  parts = list(make_batches(engine, examples, range(len(PAIRS)), tokens))
-  assert (len(parts) > 1) == (tokens == 64)
+  parts = list(Examples(engine, examples, settings).parts(range(len(examples))))
+  assert (len(parts) > 1) == (tokens == 256)
   trainer = build_trainer(build_loss(engine, settings), settings, 1, engine.model.skeleton, one_device)
   gradients, metrics = trainer.zeros(params), []
   for part in parts:
@@ -127,7 +131,7 @@ def test_adapters_and_head_learn_and_merge_into_what_they_were(family, tmp_path,
   examples = [make_example(engine, pair._replace(margin=0.0)) for pair in PAIRS]
   trainable = part.load()
   state, log = trainer.init(trainable), []
-  everything = list(make_batches(engine, examples, range(len(PAIRS)), 1 << 20))
+  everything = list(Examples(engine, examples, settings).parts(range(len(PAIRS))))
   for _ in range(8):
     trainable, state, metrics = trainer.step(trainable, part.frozen, state, everything)
     log.append(fetch(metrics))

@@ -56,18 +56,25 @@ def plan_layout(items: Sequence[Item]) -> Layout:
   return Layout(length, targets, length // SMALLEST, len(items[0].responses))
 
 
+def roomy_layout(items: Sequence[Item]) -> Layout:
+  """Rows as long as the longest item needs, and any of their tokens may be a response's: few layouts for all items."""
+  length = round_up(max(item.tokens for item in items), MULTIPLE)
+  return Layout(length, length, length // SMALLEST, len(items[0].responses))
+
+
 def assign(items: Sequence[Item], indices: Iterable[int], layout: Layout) -> list[list[int]]:
   """Rows of indices: each item in the first row that has room for it, largest items first."""
+  order = sorted(indices, key=lambda index: (-items[index].tokens, index))
   rows: list[list[int]] = []
-  room: list[np.ndarray] = []  # tokens, response tokens and items that each row can still take
-  for index in sorted(indices, key=lambda index: (-items[index].tokens, index)):
-    needs = np.asarray([items[index].tokens, items[index].targets, 1])
-    place = next((row for row, left in enumerate(room) if (needs <= left).all()), len(rows))
+  # Tokens, response tokens and items that each row can still take; there are no more rows than items.
+  room = np.tile([layout.length, layout.targets, layout.items], (len(order), 1))
+  for index in order:
+    needs = [items[index].tokens, items[index].targets, 1]
+    place = int((room[: len(rows) + 1] >= needs).all(axis=1).argmax())
     if place == len(rows):
       rows.append([])
-      room.append(np.asarray([layout.length, layout.targets, layout.items]))
     rows[place].append(index)
-    room[place] = room[place] - needs
+    room[place] -= needs
   return rows
 
 
@@ -75,12 +82,12 @@ class Packing:
   """The packed batches of a stage: of one layout, of at most `tokens` tokens, and of a multiple of `ways` rows.
 
   `at_once` is how many items come together. Where `tokens` has room for more, batches are smaller: empty rows cost
-  as much as full ones.
+  as much as full ones. `layout` is what rows look like if not as suits these items best.
   """
 
-  def __init__(self, items: Sequence[Item], at_once: int, tokens: int, ways: int):
+  def __init__(self, items: Sequence[Item], at_once: int, tokens: int, ways: int, layout: Layout | None = None):
     self.items, self.ways = items, ways
-    self.layout = plan_layout(items)
+    self.layout = layout or plan_layout(items)
     needed = at_once * sum(item.tokens for item in items) / len(items)
     self.most = min(tokens, round_up(int(needed), self.layout.length)) // self.layout.length
 

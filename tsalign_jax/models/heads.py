@@ -9,9 +9,9 @@ from tsalign_jax.models.config import DecoderConfig, EncoderConfig
 from tsalign_jax.models.decoder import Decoder, Layout
 from tsalign_jax.models.encoder import Encoder
 from tsalign_jax.models.layers import LayerNorm, Linear, activate
-from tsalign_jax.ops.attention import TrunkAndBranches, flatten
+from tsalign_jax.ops.attention import PackedRows, TrunkAndBranches, flatten
 from tsalign_jax.ops.einsum import soft_cap, wide_dot
-from tsalign_jax.types import Branches
+from tsalign_jax.types import Branches, Packed
 
 
 class LanguageModel(nnx.Module):
@@ -40,16 +40,32 @@ class DecoderRewardModel(nnx.Module):
     self.score = Linear({"embed": config.embed}, {"label": 1}, rngs)
 
   def __call__(
-    self, batch: Branches, *, mesh: Mesh | None = None, dtype=jnp.float32, remat: bool = False
-  ) -> Float[Array, "batch k"]:
+    self, batch: Branches | Packed, *, mesh: Mesh | None = None, dtype=jnp.float32, remat: bool = False
+  ) -> Float[Array, "batch k"] | Float[Array, "rows items k"]:
     """The reward of each branch; where a branch is empty, that of its trunk."""
-    hidden, _ = self.model(*flatten(batch), TrunkAndBranches(batch, mesh), dtype=dtype, remat=remat)
-    prompt = batch.trunk.shape[1]
-    _, k, response = batch.branches.shape
-    last = prompt + jnp.arange(k) * response + batch.branch_length - 1
-    last = jnp.where(batch.branch_length > 0, last, prompt - 1)
-    at_last = jnp.take_along_axis(hidden, last[..., None], axis=1)
-    return _reward(self.score, at_last)
+    if isinstance(batch, Packed):
+      tokens, attend, last = (batch.tokens, batch.position), PackedRows(batch, mesh), _last_packed(batch)
+    else:
+      tokens, attend, last = flatten(batch), TrunkAndBranches(batch, mesh), _last(batch)
+    hidden, _ = self.model(*tokens, attend, dtype=dtype, remat=remat)
+    at_last = jnp.take_along_axis(hidden, last.reshape(last.shape[0], -1)[..., None], axis=1)
+    return _reward(self.score, at_last).reshape(last.shape)
+
+
+def _last(batch: Branches) -> Int[Array, "batch k"]:
+  """The column of each branch's last token, among the trunk's and all branches' columns."""
+  prompt = batch.trunk.shape[1]
+  _, k, response = batch.branches.shape
+  last = prompt + jnp.arange(k) * response + batch.branch_length - 1
+  return jnp.where(batch.branch_length > 0, last, prompt - 1)
+
+
+def _last_packed(batch: Packed) -> Int[Array, "rows items k"]:
+  """The column of the last token of each item's branches; 0 where a row has no such item."""
+  _, items, k = batch.length.shape
+  of_item = batch.item[:, None, None] == jnp.arange(1, items + 1)[:, None, None]
+  seen = of_item & ((batch.branch[:, None, None] == jnp.arange(1, k + 1)[:, None]) | (batch.branch[:, None, None] == 0))
+  return jnp.where(seen, jnp.arange(batch.tokens.shape[1]), 0).max(-1)
 
 
 class EncoderRewardModel(nnx.Module):

@@ -1,11 +1,11 @@
-"""Reward models: text in, one score a response out; decoders read trunk and branches, encoders padded rows."""
+"""Reward models: text in, one score a response out; decoders read trunks with branches, encoders pairs of texts."""
 
 import abc
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -15,12 +15,15 @@ from jaxtyping import Array, Float, Int
 from tsalign_jax.config import RewardModel
 from tsalign_jax.data.batching import bucket, make_branches, pad_right, part_size
 from tsalign_jax.data.chat import Chat, load_tokenizer
+from tsalign_jax.data.packing import Item, Packing, roomy_layout
 from tsalign_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig, read_config
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.hf import WeightFiles
 from tsalign_jax.models.loading import ModelHandle
 from tsalign_jax.parallel.mesh import batch_ways, put_batch
-from tsalign_jax.types import Branches, Conversation, UserError
+from tsalign_jax.types import Branches, Conversation, Packed, UserError
+
+FEW = 2  # responses to a prompt that go into packed rows, where the model is a decoder
 
 
 class Rows(NamedTuple):
@@ -50,6 +53,14 @@ class Encoded(NamedTuple):
     return max(self.lengths)
 
 
+class Batches(Protocol):
+  """How items are laid into batches."""
+
+  def batches(self, indices: Sequence[int]) -> Iterator[tuple[Any, Int[np.ndarray, "*places"]]]:
+    """Host batches that hold these items, and which item is where its rewards come out: -1 where there is none."""
+    ...
+
+
 class RewardEngine(abc.ABC):
   """How one kind of reward model reads text, makes batches and scores them."""
 
@@ -77,45 +88,40 @@ class RewardEngine(abc.ABC):
     """Tokens that an item takes in a batch of its own, padding included."""
 
   @abc.abstractmethod
-  def rewards(self, module, batch) -> Float[Array, "batch k"]:
+  def rewards(self, module, batch) -> Float[Array, "*places k"]:
     """The score of every response in a batch; traceable and differentiable."""
+
+  def lay_out(self, items: Sequence[Encoded], at_once: int, tokens: int) -> Batches:
+    """Batches of at most `tokens` tokens for items with the same number of responses; `at_once` come together."""
+    return Alike(self, items, min(at_once, len(items)), tokens)
 
   def score(self, params: Params, items: Sequence[Encoded]) -> Iterator[tuple[int, list[float]]]:
     """(index of the item, its scores), in batches of like width, so that they hold little padding."""
     units = list(self._units(items))
     found: dict[int, dict[int, float]] = {}
-    for part, scores in self._launched(params, [unit for *_, unit in units]):
+    for place, scores in self._launched(params, [unit for *_, unit in units]):
       if not np.isfinite(scores := np.asarray(scores)).all():
         raise UserError(f"{self.model.folder}: its scores are not finite; use dtype float32, or retrain it")
-      for (index, first, _), row in zip([units[each] for each in part], scores, strict=False):
+      for where in np.argwhere(place >= 0):
+        index, first, _ = units[place[tuple(where)]]
         got = found.setdefault(index, {})
-        got |= {first + offset: float(score) for offset, score in enumerate(row)}
+        got |= {first + offset: float(score) for offset, score in enumerate(scores[tuple(where)])}
         if len(got) == len(items[index].responses):
           yield index, [got[k] for k in range(len(got))]
 
-  def _launched(self, params: Params, units: Sequence[Encoded]) -> Iterator[tuple[list[int], Array]]:
-    """(indices, scores on the device), one batch behind: while the host reads one, the device computes the next."""
+  def _launched(self, params: Params, units: Sequence[Encoded]) -> Iterator[tuple[Int[np.ndarray, "*places"], Array]]:
+    """(which unit is where, scores on the device), one batch behind: one is computed as another is read."""
     last = None
     for count in sorted({len(unit.responses) for unit in units}):
       alike = [index for index, unit in enumerate(units) if len(unit.responses) == count]
-      for part, batch in self.microbatches(units, alike, self.batch_tokens):
-        launched = part, self.program(params, put_batch(batch, self.mesh))
+      laid_out = self.lay_out([units[index] for index in alike], len(alike), self.batch_tokens)
+      for batch, place in laid_out.batches(range(len(alike))):
+        launched = np.where(place >= 0, np.asarray(alike)[place], -1), self.program(params, put_batch(batch, self.mesh))
         if last is not None:
           yield last
         last = launched
     if last is not None:
       yield last
-
-  def microbatches(
-    self, items: Sequence[Encoded], indices: Sequence[int], tokens: int
-  ) -> Iterator[tuple[list[int], Any]]:
-    """(indices, batch) of like items, widest first, at most `tokens` tokens each; what is short repeats its first."""
-    left = sorted(indices, key=lambda index: (-self.tokens(items[index]), index))
-    while left:
-      most = min(tokens // self.tokens(items[left[0]]), len(indices))
-      size = part_size(len(left), most, batch_ways(self.mesh))
-      part, left = left[:size], left[size:]
-      yield part, self.collate([items[index] for index in part + part[:1] * (size - len(part))])
 
   def _units(self, items: Sequence[Encoded]) -> Iterator[tuple[int, int, Encoded]]:
     """(item, its first response here, what is scored as one row): the whole item unless it can be divided."""
@@ -123,8 +129,28 @@ class RewardEngine(abc.ABC):
       yield index, 0, item
 
 
+class Alike(NamedTuple):
+  """Batches of items of like width, widest first; one that is short repeats its first item."""
+
+  engine: RewardEngine
+  items: Sequence[Encoded]
+  at_once: int
+  tokens: int
+
+  def batches(self, indices: Sequence[int]) -> Iterator[tuple[Any, Int[np.ndarray, " batch"]]]:
+    """Batches, and which item is in which row: -1 where there is none."""
+    left = sorted(indices, key=lambda index: (-self.engine.tokens(self.items[index]), index))
+    while left:
+      most = min(self.tokens // self.engine.tokens(self.items[left[0]]), self.at_once)
+      size = part_size(len(left), most, batch_ways(self.engine.mesh))
+      part, left = left[:size], left[size:]
+      empty = size - len(part)
+      batch = self.engine.collate([self.items[index] for index in part + part[:1] * empty])
+      yield batch, np.asarray(part + [-1] * empty)
+
+
 class DecoderEngine(RewardEngine):
-  """Trunk once, branches once; the conversation in the model's own chat template."""
+  """A prompt once for all of its responses; the conversation in the model's own chat template."""
 
   def __init__(self, model: ModelHandle, mesh: Mesh, settings: RewardModel):
     super().__init__(model, mesh, settings)
@@ -157,9 +183,20 @@ class DecoderEngine(RewardEngine):
     response = bucket(max(len(branch) for item in items for branch in item.responses))
     return make_branches([item.prompt for item in items], [item.responses for item in items], prompt, response)
 
-  def rewards(self, module, batch) -> Float[Array, "batch k"]:
+  def rewards(self, module, batch: Branches | Packed) -> Float[Array, "*places k"]:
     """The reward at each branch's last real token."""
     return module(batch, mesh=self.mesh, dtype=self.model.dtype, remat=self.model.remat)
+
+  def lay_out(self, items: Sequence[Encoded], at_once: int, tokens: int) -> Batches:
+    """Few responses: packed rows, so that one or two programs serve all lengths. Many: trunks with branches.
+
+    Of trunks and branches, each pair of widths is a program; but rows of many responses would be long, and most of
+    their tokens see nothing of each other.
+    """
+    if len(items[0].responses) > FEW:
+      return super().lay_out(items, at_once, tokens)
+    packed = [Item(item.prompt, item.responses) for item in items]
+    return Packing(packed, at_once, tokens, batch_ways(self.mesh), roomy_layout(packed))
 
 
 class EncoderEngine(RewardEngine):

@@ -29,11 +29,11 @@ class Example(NamedTuple):
 
 
 class RewardBatch(NamedTuple):
-  """Pairs as the engine collates them (better one first), their margins, and 1 / (pairs in the whole step)."""
+  """Pairs as the engine lays them out (better one first), their margins, and 1 / (pairs in the step), 0 for none."""
 
   pairs: Any
-  margin: Float[Array, " batch"]
-  weight: Float[Array, " batch"]
+  margin: Float[Array, "*places"]
+  weight: Float[Array, "*places"]
 
 
 def make_example(engine: RewardEngine, pair: PreferencePair) -> Example:
@@ -41,15 +41,20 @@ def make_example(engine: RewardEngine, pair: PreferencePair) -> Example:
   return Example(engine.encode(pair.prompt, [pair.chosen, pair.rejected]), pair.margin)
 
 
-def make_batches(
-  engine: RewardEngine, examples: Sequence[Example], step: Sequence[int], tokens: int
-) -> Iterator[RewardBatch]:
-  """The microbatches of a step over these pairs, on the device, of about so many tokens each."""
-  for part, batch in engine.microbatches([example.item for example in examples], step, tokens):
-    margin, weight = np.zeros((2, len(jax.tree.leaves(batch)[0])), np.float32)
-    margin[: len(part)] = [examples[index].margin for index in part]
-    weight[: len(part)] = 1 / len(step)
-    yield put_batch(RewardBatch(batch, margin, weight), engine.mesh)
+class Examples:
+  """The pairs of a training, laid into batches of about so many tokens."""
+
+  def __init__(self, engine: RewardEngine, examples: Sequence[Example], settings: RewardTraining):
+    self._mesh = engine.mesh
+    self._margins = np.asarray([example.margin for example in examples], np.float32)
+    items, at_once = [example.item for example in examples], min(settings.batch_size, len(examples))
+    self._laid_out = engine.lay_out(items, at_once, settings.microbatch_tokens)
+
+  def parts(self, step: Sequence[int]) -> Iterator[RewardBatch]:
+    """The microbatches of a step over these pairs, on the device."""
+    for batch, place in self._laid_out.batches(step):
+      weight = np.where(place >= 0, np.float32(1 / len(step)), np.float32(0))
+      yield put_batch(RewardBatch(batch, self._margins[place], weight), self._mesh)
 
 
 @functools.lru_cache(maxsize=8)
@@ -59,14 +64,15 @@ def build_loss(engine: RewardEngine, settings: RewardTraining):
 
   def loss(trainable: Params, frozen: Params, batch: RewardBatch):
     rewards = engine.rewards(skeleton.bind({**frozen, **trainable}), batch.pairs)
-    losses = pair_losses(rewards, batch.margin, settings)
+    rewards, margin, weight = rewards.reshape(-1, 2), batch.margin.reshape(-1), batch.weight.reshape(-1)
+    losses = pair_losses(rewards, margin, settings)
     metrics = {
       "loss": losses,
       "accuracy": (rewards[:, 0] > rewards[:, 1]).astype(jnp.float32),
       "margin": rewards[:, 0] - rewards[:, 1],
       "mean_reward": rewards.mean(axis=1),
     }
-    total = {name: jnp.sum(batch.weight * value) for name, value in metrics.items()}
+    total = {name: jnp.sum(weight * value) for name, value in metrics.items()}
     return total["loss"], total
 
   return loss
@@ -106,7 +112,7 @@ def fit(
     part.abstract(engine.mesh),
     part.load,
     part.frozen,
-    lambda step: make_batches(engine, examples, step, settings.microbatch_tokens),
+    Examples(engine, examples, settings).parts,
     pairs=len(examples),
     seed=seed,
     folder=folder,
