@@ -138,20 +138,21 @@ class Packed:
       branch     0 0 0 1 1 1 2 2   0 0 1 2 0 0     0: the trunk
       position   0 1 2 3 4 5 3 4   0 1 2 2 0 0
 
-  A token sees its item's trunk and the earlier tokens of its own branch. The response tokens are listed apart:
+  A token sees its item's trunk and the earlier tokens of its own branch. The response tokens are listed apart, for all
+  rows of a device together, because rows differ more in how many they have:
 
       target     4 5 6 4 2 5 1 _
-      predictor  2 3 4 2 6 9 9 _     the column whose hidden state predicts it
-      owner      0 0 0 1 1 2 3 4     item * K + branch, counted from 0; items * K: nothing
+      predictor  2 3 4 2 6 9 9 _     row * columns + column of the hidden state that predicts it
+      owner      0 0 0 1 1 2 3 4     (row * items + item) * K + branch, from 0; rows * items * K: nothing
   """
 
   tokens: Int[np.ndarray | jax.Array, "rows columns"]
   position: Int[np.ndarray | jax.Array, "rows columns"]
   item: Int[np.ndarray | jax.Array, "rows columns"]
   branch: Int[np.ndarray | jax.Array, "rows columns"]
-  target: Int[np.ndarray | jax.Array, "rows targets"]
-  predictor: Int[np.ndarray | jax.Array, "rows targets"]
-  owner: Int[np.ndarray | jax.Array, "rows targets"]
+  target: Int[np.ndarray | jax.Array, "devices targets"]
+  predictor: Int[np.ndarray | jax.Array, "devices targets"]
+  owner: Int[np.ndarray | jax.Array, "devices targets"]
   length: Int[np.ndarray | jax.Array, "rows items k"]  # tokens of each branch
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsalign_jax.data.packing import MULTIPLE, Item, assign, pack, plan_layout
+from tsalign_jax.data.packing import MULTIPLE, Item, Packing, assign, pack, plan_layout
 
 tokens = st.lists(st.integers(1, 90), min_size=0, max_size=60)
 items = st.lists(
@@ -32,21 +32,38 @@ def test_every_item_is_in_one_row_and_reads_back(items):
 
 
 @settings(deadline=None)
-@given(items)
-def test_each_response_token_is_predicted_by_the_token_before_it(items):
-  layout = plan_layout(items)
-  rows = assign(items, range(len(items)), layout)
-  packed = pack([[items[index] for index in row] for row in rows], layout)
-  for row, indices in enumerate(rows):
-    for number, index in enumerate(indices):
-      for branch, response in enumerate(items[index].responses):
-        mine = np.flatnonzero(packed.owner[row] == number * 2 + branch)
-        assert packed.target[row, mine].tolist() == list(response)
-        before = [items[index].prompt[-1], *response]
-        assert packed.tokens[row, packed.predictor[row, mine]].tolist() == before[: len(response)]
+@given(items, st.integers(1, 3), st.integers(1, 4))
+def test_each_response_token_is_predicted_by_the_token_before_it(items, ways, rows):
+  packing = Packing(items, len(items), rows * plan_layout(items).length, ways)
+  found, layout = [], packing.layout
+  for packed, place in packing.batches(range(len(items))):
+    assert packed.target.shape == (ways, layout.targets_of(len(place) // ways))
+    of_shard = packed.tokens.reshape(ways, -1)
+    used = 0
+    for row, number in np.argwhere(place >= 0):
+      item, shard, row_of_shard = items[place[row, number]], *divmod(row, len(place) // ways)
+      found.append(place[row, number])
+      for branch, response in enumerate(item.responses):
+        owner = (row_of_shard * layout.items + number) * 2 + branch
+        mine = np.flatnonzero(packed.owner[shard] == owner)
+        assert packed.target[shard, mine].tolist() == list(response)
+        before = [item.prompt[-1], *response]
+        assert of_shard[shard, packed.predictor[shard, mine]].tolist() == before[: len(response)]
         assert packed.length[row, number, branch] == len(response)
-    unused = packed.owner[row] == layout.items * layout.k
-    assert unused.sum() == layout.targets - sum(items[index].targets for index in indices)
+        used += len(response)
+    unused = packed.owner == packed.length[: len(place) // ways].size
+    assert unused.sum() == packed.target.size - used
+  assert sorted(found) == list(range(len(items)))
+
+
+def test_batches_have_room_for_the_response_tokens_that_rows_usually_have():
+  random = np.random.default_rng(0)
+  items = [Item([1] * 120, ([1] * length, [1])) for length in random.integers(1, 300, 64)]
+  packing = Packing(items, len(items), 4096, 1)
+  sizes = [(len(place), packed.target.size) for packed, place in packing.batches(range(64))]
+  rows, targets = np.sum(sizes, axis=0)
+  assert rows <= len(assign(items, range(64), packing.layout)) + packing.most // 2
+  assert sum(item.targets for item in items) < targets < 0.85 * rows * packing.layout.targets
 
 
 def test_rows_of_real_lengths_have_little_padding():

@@ -20,7 +20,7 @@ from tsalign_jax.config import Align, Sampling, Student
 from tsalign_jax.data.packing import Layout, pack
 from tsalign_jax.models.config import read_config
 from tsalign_jax.models.loading import ModelHandle
-from tsalign_jax.parallel.mesh import replicated, sharding
+from tsalign_jax.parallel.mesh import batch_ways, replicated, sharding
 from tsalign_jax.parallel.topology import topology_mesh
 from tsalign_jax.sampling.cache import PHASE
 from tsalign_jax.sampling.engine import build_sampler
@@ -32,7 +32,7 @@ from tsalign_jax.types import Branches, Packed
 SAMPLING_MESH = {"v5e:4x4": {"data": 2, "fsdp": 1, "tensor": 8}, "v5p:2x2x4": {"data": 16, "fsdp": 1}}
 PROMPTS, PROMPT, RESPONSE = 16, 512, 512
 ROWS = 16  # of a microbatch of pairs
-LAYOUT = Layout(length=3072, targets=2048, items=8, k=2)
+LAYOUT = Layout(length=3072, targets=2048, usual_targets=2048, items=8, k=2)
 SAMPLING = Sampling(responses=8, max_new_tokens=RESPONSE, batch_prompts=PROMPTS)
 
 
@@ -48,7 +48,7 @@ def branches(mesh: Mesh, count: int, prompt: int, k: int, response: int) -> Bran
 
 def packed(mesh: Mesh, count: int, layout: Layout) -> Packed:
   """A `Packed` batch of shapes."""
-  blank = pack([[]] * count, layout)
+  blank = pack([[]] * count, layout, batch_ways(mesh))
   return jax.tree.map(lambda array: rows(mesh, *array.shape), blank)
 
 

@@ -12,13 +12,14 @@ def round_up(length: int, multiple: int) -> int:
   return max(1, -(-length // multiple)) * multiple
 
 
-def bucket(length: int) -> int:
-  """The width that rows of this length are padded to: multiples of 16 up to 128, then four to every doubling.
+def bucket(length: int, steps: int = 8) -> int:
+  """The width that rows of this length are padded to: multiples of 16 up to `steps`, then `steps` / 2 a doubling.
 
-  There are few such widths, so few programs are compiled, and rows get a seventh longer on average, a quarter at most.
+  There are few such widths, so few programs are compiled; with 8 steps rows get a seventh longer on average, a quarter
+  at most, with 16 half as much.
   """
   step = 16
-  while length > 8 * step:
+  while length > steps * step:
     step *= 2
   return round_up(length, step)
 

@@ -36,12 +36,21 @@ class Item(NamedTuple):
 
 
 class Layout(NamedTuple):
-  """What every row of a stage holds at most: tokens, of them response tokens, and items of K responses each."""
+  """What every row of a stage holds at most: tokens, of them response tokens, and items of K responses each.
+
+  Rows differ in their response tokens more than batches do, so a batch has room for what several rows usually hold.
+  """
 
   length: int
   targets: int
+  usual_targets: int
   items: int
   k: int
+
+  def targets_of(self, rows: int) -> int:
+    """The response tokens that so many rows hold together at most."""
+    usual = round_up(max(self.targets, rows * self.usual_targets), self.length // 16)
+    return min(rows * self.targets, usual)
 
 
 def plan_layout(items: Sequence[Item]) -> Layout:
@@ -53,13 +62,14 @@ def plan_layout(items: Sequence[Item]) -> Layout:
   share = sum(item.targets for item in items) / sum(item.tokens for item in items)
   targets = max(max(item.targets for item in items), int(1.15 * share * length))
   targets = min(length, round_up(targets, length // 8))
-  return Layout(length, targets, length // SMALLEST, len(items[0].responses))
+  usual = min(targets, round_up(int(1.05 * share * length), length // 32))
+  return Layout(length, targets, usual, length // SMALLEST, len(items[0].responses))
 
 
 def roomy_layout(items: Sequence[Item]) -> Layout:
   """Rows as long as the longest item needs, and any of their tokens may be a response's: few layouts for all items."""
   length = round_up(max(item.tokens for item in items), MULTIPLE)
-  return Layout(length, length, length // SMALLEST, len(items[0].responses))
+  return Layout(length, length, length, length // SMALLEST, len(items[0].responses))
 
 
 def assign(items: Sequence[Item], indices: Iterable[int], layout: Layout) -> list[list[int]]:
@@ -94,26 +104,56 @@ class Packing:
   def batches(self, indices: Sequence[int]) -> Iterator[tuple[Packed, Int[np.ndarray, "rows items"]]]:
     """Packed batches that hold these items, and which item is where: -1 where there is none."""
     rows = assign(self.items, indices, self.layout)
-    while rows:
-      size = part_size(len(rows), self.most, self.ways)
-      part, rows = rows[:size], rows[size:]
-      part += [[]] * (size - len(part))
+    sizes = [size // self.ways for size in self._sizes(len(rows))]
+    loads = [sum(self.items[index].targets for index in row) for row in rows]
+    while (shards := share_out(loads, self.ways * sizes, self.layout)) is None:
+      sizes.append(sizes[-1])
+    for batch, size in enumerate(sizes):
+      part = []
+      for shard in shards[batch :: len(sizes)]:
+        part += [rows[row] for row in shard] + [[]] * (size - len(shard))
       place = np.asarray([row + [-1] * (self.layout.items - len(row)) for row in part])
-      yield pack([[self.items[index] for index in row] for row in part], self.layout), place
+      yield pack([[self.items[index] for index in row] for row in part], self.layout, self.ways), place
+
+  def _sizes(self, rows: int) -> Iterator[int]:
+    while rows > 0:
+      yield (size := part_size(rows, self.most, self.ways))
+      rows -= size
 
 
-def pack(rows: Sequence[Sequence[Item]], layout: Layout) -> Packed:
-  """Rows of items as arrays; rows may be empty."""
-  packed = _blank(len(rows), layout)
-  for row, items in enumerate(rows):
-    column = target = 0
-    for number, item in enumerate(items):
-      column, target = _place(packed, row, column, target, number, item)
+def share_out(loads: Sequence[int], sizes: Sequence[int], layout: Layout) -> list[list[int]] | None:
+  """Rows with so many response tokens each, evenly shared out to shards of so many rows; None if they do not fit."""
+  shards: list[list[int]] = [[] for _ in sizes]
+  room = [layout.targets_of(size) for size in sizes]
+  for row in sorted(range(len(loads)), key=lambda row: (-loads[row], row)):
+    shard = max((shard for shard, size in enumerate(sizes) if len(shards[shard]) < size), key=lambda shard: room[shard])
+    if room[shard] < loads[row]:
+      return None
+    shards[shard].append(row)
+    room[shard] -= loads[row]
+  return shards
+
+
+def pack(rows: Sequence[Sequence[Item]], layout: Layout, ways: int = 1) -> Packed:
+  """Rows of items as arrays, the response tokens apart in `ways` shards of as many rows each; rows may be empty."""
+  size = len(rows) // ways
+  packed = _blank(len(rows), layout, ways)
+  for shard in range(ways):
+    target = 0
+    for row in range(size):
+      column = 0
+      for number, item in enumerate(rows[shard * size + row]):
+        column, target = _place(packed, shard, row, column, target, number, item)
   return packed
 
 
-def _place(packed: Packed, row: int, column: int, target: int, number: int, item: Item) -> tuple[int, int]:
+def _place(
+  packed: Packed, shard: int, row_of_shard: int, column: int, target: int, number: int, item: Item
+) -> tuple[int, int]:
   """Writes one item from `column` and `target` on; where the next one begins."""
+  rows, length = packed.tokens.shape
+  _, items, k = packed.length.shape
+  row = shard * (rows // len(packed.target)) + row_of_shard
   start, trunk = column, len(item.prompt)
   for branch, tokens in enumerate((item.prompt, *item.responses)):
     end = column + len(tokens)
@@ -124,27 +164,29 @@ def _place(packed: Packed, row: int, column: int, target: int, number: int, item
     packed.position[row, column:end] = np.arange(first, first + len(tokens))
     if branch:
       stop = target + len(tokens)
-      packed.target[row, target:stop] = tokens
-      packed.predictor[row, target:stop] = [start + trunk - 1, *range(column, end - 1)][: len(tokens)]
-      packed.owner[row, target:stop] = number * packed.length.shape[2] + branch - 1
+      predictor = np.asarray([start + trunk - 1, *range(column, end - 1)][: len(tokens)], np.int32)
+      packed.target[shard, target:stop] = tokens
+      packed.predictor[shard, target:stop] = row_of_shard * length + predictor
+      packed.owner[shard, target:stop] = (row_of_shard * items + number) * k + branch - 1
       packed.length[row, number, branch - 1] = len(tokens)
       target = stop
     column = end
   return column, target
 
 
-def _blank(rows: int, layout: Layout) -> Packed:
+def _blank(rows: int, layout: Layout, ways: int) -> Packed:
   def zeros(*shape: int) -> np.ndarray:
-    return np.zeros((rows, *shape), np.int32)
+    return np.zeros(shape, np.int32)
 
-  owner = np.full((rows, layout.targets), layout.items * layout.k, np.int32)
+  size = rows // ways
+  targets = layout.targets_of(size)
   return Packed(
-    tokens=zeros(layout.length),
-    position=zeros(layout.length),
-    item=zeros(layout.length),
-    branch=zeros(layout.length),
-    target=zeros(layout.targets),
-    predictor=zeros(layout.targets),
-    owner=owner,
-    length=zeros(layout.items, layout.k),
+    tokens=zeros(rows, layout.length),
+    position=zeros(rows, layout.length),
+    item=zeros(rows, layout.length),
+    branch=zeros(rows, layout.length),
+    target=zeros(ways, targets),
+    predictor=zeros(ways, targets),
+    owner=np.full((ways, targets), size * layout.items * layout.k, np.int32),
+    length=zeros(rows, layout.items, layout.k),
   )

@@ -210,14 +210,16 @@ class EncoderEngine(RewardEngine):
 
   def encode(self, prompt: Conversation, responses: Sequence[str]) -> Encoded:
     """[CLS] prompt [SEP] response [SEP], or as the family writes it; over the limit, the prompt loses its start."""
-    fitted = [self._fit(response) for response in responses]
     # As lists, because of a single pair with an empty response the tokenizer would take the prompt alone.
-    texts = [conversation_text(prompt)] * len(responses), [response for response, _ in fitted]
-    whole = self.tokenizer(*texts)["input_ids"]
-    kept = self.tokenizer(*texts, truncation="only_first", max_length=self.limit)
+    prompts = [conversation_text(prompt)] * len(responses)
+    kept, cut = self.tokenizer(prompts, list(responses)), [False] * len(responses)
+    if max(map(len, whole := kept["input_ids"])) > self.limit:
+      fitted = [self._fit(response) for response in responses]
+      kept = self.tokenizer(prompts, [text for text, _ in fitted], truncation="only_first", max_length=self.limit)
+      pairs = zip(fitted, kept["input_ids"], whole, strict=True)
+      cut = [shortened or len(row) < len(full) for (_, shortened), row, full in pairs]
     rows = kept["input_ids"]
     types = kept.get("token_type_ids") or [[0] * len(row) for row in rows]
-    cut = [shortened or len(a) < len(b) for (_, shortened), a, b in zip(fitted, rows, whole, strict=True)]
     return Encoded([], rows, types, cut)
 
   def _fit(self, response: str) -> tuple[str, bool]:
@@ -244,7 +246,7 @@ class EncoderEngine(RewardEngine):
     )
 
   def _width(self, items: Sequence[Encoded]) -> int:
-    return min(bucket(max(item.width for item in items)), self.limit)
+    return min(bucket(max(item.width for item in items), steps=16), self.limit)
 
   def rewards(self, module, batch: Rows) -> Float[Array, "batch k"]:
     """The reward of each row."""

@@ -39,7 +39,8 @@ def branch_logps(
   hidden, _ = language_model.model(
     batch.tokens, batch.position, PackedRows(batch, mesh), dtype=model.dtype, remat=model.remat
   )
-  predicting = jnp.take_along_axis(constrain_batch(hidden, mesh), batch.predictor[..., None], axis=1)
+  by_device = constrain_batch(hidden, mesh).reshape(len(batch.predictor), -1, hidden.shape[-1])
+  predicting = jnp.take_along_axis(constrain_batch(by_device, mesh), batch.predictor[..., None], axis=1)
   with jax.named_scope("token_logprobs"):
     logps = token_logprobs(
       predicting.reshape(-1, hidden.shape[-1]),
@@ -48,7 +49,7 @@ def branch_logps(
       softcap=model.config.logit_softcap,
       **({"chunk": None, "part": PART} if model.layout == "unrolled" else {}),
     )
-  branches = batch.length[0].size
+  branches = batch.length.size // len(batch.owner)
   of_branch = batch.owner[..., None] == jnp.arange(branches)
   sums = jnp.where(of_branch, logps.reshape(batch.target.shape)[..., None], 0.0).sum(axis=1)
   return sums.reshape(batch.length.shape)
