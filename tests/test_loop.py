@@ -45,7 +45,7 @@ def metrics_of(folder) -> dict:
 def setting(tmp_path_factory):
   """A tiny configuration, and the metrics of an undisturbed run of it in a process of its own."""
   folder = tmp_path_factory.mktemp("setting")
-  config = tiny.run_config(folder)
+  config = tiny.run_config(folder, evaluation={"resamples": 200, "judges": {"twin": {}}})
   subprocess.run([*COMMAND, config], check=True, env=_one_device(), stdout=subprocess.DEVNULL)
   return folder, config
 
@@ -67,11 +67,24 @@ def test_a_run_leaves_every_table_and_metric(setting):
   for found in metrics["student_calibration"].values():
     assert 0 <= found["error"] <= 0.5 and sum(each["pairs"] for each in found["bins"]) > 8
   assert metrics["student_regret"]["prompts"] == 8 and 0 <= metrics["student_regret"]["pick"] <= 1
+  twin = metrics["judges"]["twin"]  # the same checks as the teacher's, so it finds the same
+  assert twin == {name: metrics[name] for name in twin} and "win_rate_ci" in twin
+  for row in pq.read_table(folder / "run" / "round_02" / "comparisons.parquet").to_pylist():
+    assert json.loads(row["others"]) == {"twin": row["verdict"]}
   pairs = pq.read_table(folder / "run" / "round_01" / "pairs.parquet").to_pylist()
   kept = [row for row in pairs if row["dropped"] is None]
   assert len(kept) == json.loads((folder / "run" / "round_01" / "metrics.json").read_text())["pairs"]
   assert (folder / "run" / "report.html").stat().st_size > 5000
   assert not list((folder / "run").glob("*/*.partial")) and not list((folder / "run").glob("*/*.out"))
+
+
+def test_without_distil_the_student_stays(tmp_path):
+  config = tiny.run_config(tmp_path, rounds=1, distil=None, student={"path": str(tmp_path / "student")})
+  subprocess.run([*COMMAND, config], check=True, env=_one_device(), stdout=subprocess.DEVNULL)
+  metrics = metrics_of(tmp_path / "run")
+  assert not (tmp_path / "run" / "round_01" / "student").exists() and "distil" not in metrics["seconds"]
+  for key in ("student_accuracy_mined", "student_accuracy_random", "student_calibration"):
+    assert metrics[key]["initial"] == metrics[key]["now"]
 
 
 def test_everything_dropped_is_counted(setting):

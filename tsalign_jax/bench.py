@@ -195,6 +195,8 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
   _, seconds = _timed(lambda: list(engine.score(params, items)), runs)
   responses = sum(len(item.responses) for item in items)
   yield Phase("score", "responses", responses, _flops(model, _as_items(items)), None, seconds)
+  if settings is None:
+    return
 
   two_of_each = [texts[:2] for texts in sampled.texts]
   pairs = [reward.Example(engine.encode(*each), 0.0) for each in zip(sampled.prompts, two_of_each, strict=True)]

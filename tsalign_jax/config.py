@@ -284,6 +284,7 @@ def _checks_by_default(teacher: Any) -> Any:
 
 
 AnyTeacher = Annotated[SingleTeacher | EnsembleTeacher, Field(discriminator="kind")]
+SomeTeacher = Annotated[AnyTeacher, BeforeValidator(_checks_by_default)]
 
 
 class Optimizer(Section):
@@ -372,6 +373,8 @@ class Evaluation(Section):
   """Bootstrap resamples of the prompts behind the 95% interval."""
   regret_prompts: Annotated[int, Field(ge=0)] = 64
   """Prompts of a round whose responses a teacher that gives scores sees all, for the student's regret; 0: none."""
+  judges: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], SomeTeacher] = {}
+  """More judges of the same answers, by name, each written as `teacher` is: nobody learns from what they say."""
 
 
 class Mesh(Section):
@@ -398,7 +401,7 @@ class Config(Section):
   """The language model that is aligned."""
   student: Student
   """The small reward model that scores everything and picks the pairs."""
-  teacher: Annotated[AnyTeacher, BeforeValidator(_checks_by_default)] = ChecksTeacher()
+  teacher: SomeTeacher = ChecksTeacher()
   """Who decides which of two responses is better: checks, reward_model, llm_judge, ranker or ensemble (`kind`)."""
   prompts: Prompts
   """What the policy answers."""
@@ -408,12 +411,18 @@ class Config(Section):
   """Which two answers the teacher sees."""
   align: Align = Align()
   """How the policy learns from the verdicts."""
-  distil: Distil = Distil()
-  """How the student learns from the verdicts."""
+  distil: Distil | None = Distil()
+  """How the student learns from the verdicts; null leaves it as it is."""
   evaluation: Evaluation = Evaluation()
   """How the result is measured."""
   mesh: Mesh = Mesh()
   """How devices are arranged."""
+
+  @model_validator(mode="after")
+  def _warm_start_distils(self):
+    if self.student.warm_start and self.distil is None:
+      raise ValueError("student.warm_start needs distil, which says how it trains; set distil, or drop warm_start")
+    return self
 
 
 class Pairs(Section):

@@ -26,7 +26,7 @@ from tsalign_jax.report.html import write_report
 from tsalign_jax.scoring.reward import check_reader
 from tsalign_jax.stages.base import Job, Progress
 from tsalign_jax.teachers.base import Teacher
-from tsalign_jax.teachers.build import build_teacher
+from tsalign_jax.teachers.build import build_judges, build_teacher
 from tsalign_jax.types import UserError
 
 GROWING = {"rounds"}  # keys that may grow between two runs on one folder
@@ -149,7 +149,8 @@ def _check_inputs(config: Config) -> Teacher:
   Chat.load(config.policy.path)
   WeightFiles(config.policy.path)
   check_targets(config.align.lora, policy, "align")
-  check_targets(config.distil.lora, student, "distil")
+  if config.distil:
+    check_targets(config.distil.lora, student, "distil")
   longest = config.prompts.max_tokens + config.sampling.max_new_tokens
   if longest > policy.max_tokens:
     raise UserError(
@@ -161,7 +162,9 @@ def _check_inputs(config: Config) -> Teacher:
   teacher = build_teacher(config)
   for source in (config.prompts.train, config.prompts.heldout):
     teacher.validate_prompts(read_prompts(source), source)
-  if config.distil.replay:
+  for judge in build_judges(config).values():
+    judge.validate_prompts(read_prompts(config.prompts.heldout), config.prompts.heldout)
+  if config.distil and config.distil.replay:
     read_preferences(config.distil.replay)
   return teacher
 

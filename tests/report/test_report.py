@@ -60,6 +60,17 @@ def test_report_shows_the_numbers_of_every_round(tmp_path, rounds):
   assert "max_tokens: 512" in seen
 
 
+def test_report_shows_what_judges_find_that_labelled_nothing(tmp_path):
+  run = fabricate(tmp_path / "run", 2)
+  assert "labelled nothing" not in words(page(run)) + " ".join(printed(run))
+  for number in (1, 2):
+    change_metrics(run, number, judges={"gold": {"win_rate": 0.5 + number / 40, "win_rate_ci": [0.487, 0.612]}})
+  seen = words(page(run))
+  assert "55.0% (48.7% to 61.2%) by gold , which labelled nothing" in seen and "52.5% (48.7% to 61.2%)" in seen
+  assert "see less of the teacher's taste: 55.0% by gold." in seen.replace("’", "'")
+  assert "By gold, which labelled nothing: 55.0 [48.7, 61.2]" in " ".join(printed(run))
+
+
 def test_report_says_how_good_the_student_is(tmp_path):
   run = fabricate(tmp_path / "run", 2)
   seen = words(page(run))

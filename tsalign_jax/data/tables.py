@@ -83,6 +83,7 @@ COMPARISONS = pa.schema(
     ("policy", pa.string()),
     ("verdict", pa.string()),  # "first" is the policy
     ("evidence", pa.string()),
+    ("others", pa.string()),  # verdicts of other judges, by name, as JSON
   ]
 )
 

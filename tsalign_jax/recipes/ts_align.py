@@ -34,7 +34,7 @@ def ts_align(config: Config) -> Iterator[Step]:
   for number in range(1, config.rounds + 1):
     yield from _round(config, number, train, heldout, policy, student)
     folder = run / round_name(number)
-    policy, student = folder / "policy", folder / "student"
+    policy, student = folder / "policy", folder / "student" if config.distil else student
 
 
 def round_name(number: int) -> str:
@@ -79,7 +79,8 @@ def _round(config: Config, number: int, train: Path, heldout: Path, policy: Path
   yield Step(f"{name}/align", align, reads, {"policy": "policy", "log": "align.jsonl"})
   earlier = range(0 if warm else 1, number)
   replay = {f"replay_{n:02d}": run / round_name(n) / "pairs.parquet" for n in earlier}
-  yield _distil(config, name, student, replay, config.distil)
+  if config.distil:
+    yield _distil(config, name, student, replay, config.distil)
   yield _answer(config, name, heldout, folder / "policy")
   reads = {
     "prompts": heldout,
@@ -89,9 +90,10 @@ def _round(config: Config, number: int, train: Path, heldout: Path, policy: Path
     "base_answers": start / "answers.parquet",
     "policy_answers": folder / "answers.parquet",
     "student_initial": first_student(config),
-    "student_now": folder / "student",
+    "student_now": folder / "student" if config.distil else student,
     "policy_initial": config.policy.path,
     **_teacher_files(config),
+    **_judge_files(config),
   }
   yield Step(f"{name}/evaluate", evaluate, reads, {"comparisons": "comparisons.parquet"})
 
@@ -140,3 +142,9 @@ def _distil(config: Config, name: str, student: Path, replay: Mapping[str, Path]
 def _teacher_files(config: Config) -> dict[str, Path]:
   """Files and models' folders that a teacher's verdicts depend on."""
   return files_of({f"teacher_{index}": source for index, source in enumerate(config.teacher.sources())})
+
+
+def _judge_files(config: Config) -> dict[str, Path]:
+  """The same of the judges who only evaluate."""
+  judges = config.evaluation.judges.items()
+  return files_of({f"judge_{name}_{index}": at for name, judge in judges for index, at in enumerate(judge.sources())})

@@ -29,6 +29,14 @@ class Calibration:
 
 
 @dataclasses.dataclass(frozen=True)
+class Opinion:
+  """The win rate by a judge who labelled no training pair."""
+
+  win_rate: float | None = None
+  win_rate_ci: tuple[float | None, float | None] = (None, None)
+
+
+@dataclasses.dataclass(frozen=True)
 class Metrics:
   """The outcome of one finished round, field by field as in its metrics.json."""
 
@@ -50,6 +58,7 @@ class Metrics:
   student_calibration: dict[str, Calibration] = dataclasses.field(default_factory=dict)
   student_regret: dict[str, float] = dataclasses.field(default_factory=dict)
   pairs_per_second: dict[str, float | None] = dataclasses.field(default_factory=dict)
+  judges: dict[str, Opinion] = dataclasses.field(default_factory=dict)
 
   @property
   def calibration_error(self) -> Change:
@@ -170,6 +179,11 @@ def _metrics(content: dict[str, Any]) -> Metrics:
     known["student_calibration"] = {name: Calibration(**each) for name, each in known["student_calibration"].items()}
   if "win_rate_ci" in known:
     known["win_rate_ci"] = tuple(known["win_rate_ci"])
+  if "judges" in known:
+    known["judges"] = {
+      name: Opinion(each.get("win_rate"), tuple(each.get("win_rate_ci", (None, None))))
+      for name, each in known["judges"].items()
+    }
   return Metrics(**known)
 
 

@@ -52,7 +52,12 @@ def _conclusion(finished: list[Round]) -> str:
   sentence = OUTCOMES[last.outcome]
   if last.outcome == "same":
     sentence += ": the 95% interval includes 50%"
-  return f"{sentence} ({last.judged} comparisons on {_whole(last.heldout_prompts)} held-out prompts)."
+  others = "".join(
+    f"\nBy {name}, which labelled nothing: {_points(judge.win_rate)} "
+    f"[{_points(judge.win_rate_ci[0])}, {_points(judge.win_rate_ci[1])}]"
+    for name, judge in last.judges.items()
+  )
+  return f"{sentence} ({last.judged} comparisons on {_whole(last.heldout_prompts)} held-out prompts).{others}"
 
 
 def _change(values: Change) -> str:

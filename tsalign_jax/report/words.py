@@ -70,11 +70,18 @@ def caveats(run: Run, comparisons: Sequence[Comparison]) -> list[str]:
     _length_caveat(last.metrics),
     _unjudged_caveat(comparisons),
     _best_round_caveat(run.finished),
-    "The teacher that judged these answers also labelled the training pairs: a win means that this teacher is "
-    "pleased more often, which people or another judge may not share.",
+    _judge_caveat(last.metrics),
     "The interval covers the choice of prompts, not the luck of one training run: another seed may differ.",
   ]
   return [caveat for caveat in found if caveat]
+
+
+def _judge_caveat(metrics: Metrics) -> str:
+  labelled = "The teacher that judged these answers also labelled the training pairs: a win means that this teacher is "
+  if not metrics.judges:
+    return labelled + "pleased more often, which people or another judge may not share."
+  found = ", ".join(f"{percent(judge.win_rate)} by {name}" for name, judge in metrics.judges.items())
+  return labelled + f"pleased more often. Judges that labelled nothing see less of the teacher's taste: {found}."
 
 
 def _interval_caveat(metrics: Metrics) -> str | None:

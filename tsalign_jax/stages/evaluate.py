@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -11,55 +12,70 @@ from tsalign_jax.pairing.statistics import bootstrap_interval, win_rate
 from tsalign_jax.parallel.mesh import batch_ways, put_batch
 from tsalign_jax.stages.base import Counts, Job
 from tsalign_jax.stages.diagnose import student_quality, student_regret
-from tsalign_jax.teachers.base import Teacher
-from tsalign_jax.teachers.build import build_teacher
+from tsalign_jax.teachers.build import build_judges, build_teacher
 from tsalign_jax.training.align import build_reference
 from tsalign_jax.types import CandidatePair, Judgement, Verdict
+
+Answers = Sequence[tuple[int, dict, dict]]  # prompt id, the policy's answer, the base policy's
 
 
 def evaluate(job: Job) -> Counts:
   """Writes `comparisons` (every base and policy answer side by side) and returns the metrics of the round."""
   prompts = {row["prompt_id"]: row for row in read_table(job.reads["prompts"], used_only=True)}
   base, policy = (by_prompt(read_table(job.reads[name])) for name in ("base_answers", "policy_answers"))
-  with job.progress(4, "parts") as advance:
+  rows = [(i, ours, theirs) for i in prompts for ours, theirs in zip(policy[i], base[i], strict=True)]
+  pairs = [CandidatePair(to_prompt(prompts[i]), ours["text"], theirs["text"]) for i, ours, theirs in rows]
+  judges = build_judges(job.config)
+  with job.progress(4 + len(judges), "parts") as advance:
     with build_teacher(job.config) as teacher:
-      metrics = _win_rate(job, teacher, prompts, base, policy)
+      judged = teacher.judge(pairs)
+      metrics: Counts = {"heldout_prompts": len(prompts), **_outcome(job, rows, judged)}
       advance(1, f"win rate {metrics['win_rate']:.1%}")
       metrics |= student_quality(job, teacher, prompts, {i: [*base[i], *policy[i]] for i in prompts})
       metrics |= student_regret(job, teacher)
       advance(2, "")
+    others: dict[str, list[Judgement]] = {}
+    for name, judge in judges.items():
+      with judge:
+        others[name] = judge.judge(pairs)
+      advance(1, f"by {name}")
+    metrics["judges"] = {name: _outcome(job, rows, judgements) for name, judgements in others.items()}
+    table = [
+      _comparison(prompts, *row, judgement, {name: judgements[n].verdict for name, judgements in others.items()})
+      for n, (row, judgement) in enumerate(zip(rows, judged, strict=True))
+    ]
+    write_table(job.writes["comparisons"], table, COMPARISONS)
+    metrics |= {f"mean_length_{name}": _mean_length(answers) for name, answers in (("base", base), ("policy", policy))}
     metrics["kl_from_initial"] = _kl(job, prompts, policy)
     advance(1, "")
   return metrics
 
 
-def _win_rate(job: Job, teacher: Teacher, prompts: dict[int, dict], base, policy) -> dict:
-  """The teacher compares the j-th answer of both to each prompt; intervals resample prompts."""
-  rows = [(i, ours, theirs) for i in prompts for ours, theirs in zip(policy[i], base[i], strict=True)]
-  pairs = [CandidatePair(to_prompt(prompts[i]), ours["text"], theirs["text"]) for i, ours, theirs in rows]
-  judged = teacher.judge(pairs)
-  table = [_comparison(prompts, *row, judgement) for row, judgement in zip(rows, judged, strict=True)]
-  write_table(job.writes["comparisons"], table, COMPARISONS)
+def _outcome(job: Job, rows: Answers, judged: Sequence[Judgement]) -> Counts:
+  """What a judge of the j-th answers of both to each prompt found; the interval resamples prompts."""
   verdicts: dict[int, list[Verdict]] = {}
   for (i, *_), judgement in zip(rows, judged, strict=True):
     verdicts.setdefault(i, []).append(judgement.verdict)
   per_prompt = list(verdicts.values())
   count = Counter(verdict for row in per_prompt for verdict in row)
-  settings = job.config.evaluation
+  resamples = job.config.evaluation.resamples
   return {
-    "heldout_prompts": len(prompts),
     "win_rate": win_rate(per_prompt),
-    "win_rate_ci": bootstrap_interval(per_prompt, resamples=settings.resamples, seed=job.config.seed),
+    "win_rate_ci": bootstrap_interval(per_prompt, resamples=resamples, seed=job.config.seed),
     "wins": count[Verdict.FIRST],
     "ties": count[Verdict.TIE],
     "losses": count[Verdict.SECOND],
     "undecided": count[Verdict.ERROR] + count[Verdict.INCONSISTENT],
-    "mean_length_base": float(np.mean([len(row["tokens"]) for rows in base.values() for row in rows])),
-    "mean_length_policy": float(np.mean([len(row["tokens"]) for rows in policy.values() for row in rows])),
   }
 
 
-def _comparison(prompts, prompt_id: int, ours: dict, theirs: dict, judgement: Judgement) -> dict:
+def _mean_length(answers: Mapping[int, Rows]) -> float:
+  return float(np.mean([len(row["tokens"]) for rows in answers.values() for row in rows]))
+
+
+def _comparison(
+  prompts, prompt_id: int, ours: dict, theirs: dict, judgement: Judgement, others: Mapping[str, Verdict]
+) -> dict:
   return {
     "prompt_id": prompt_id,
     "response_id": ours["response_id"],
@@ -68,6 +84,7 @@ def _comparison(prompts, prompt_id: int, ours: dict, theirs: dict, judgement: Ju
     "policy": ours["text"],
     "verdict": judgement.verdict,
     "evidence": json.dumps(judgement.evidence),
+    "others": json.dumps(others),
   }
 
 

@@ -18,6 +18,14 @@ def build_teacher(config: settings.Config, clock: Clock | None = None) -> Teache
   return _build(config.teacher, config, "teacher", clock or Clock())
 
 
+def build_judges(config: settings.Config, clock: Clock | None = None) -> dict[str, Teacher]:
+  """The further judges of the evaluation, by name; raises what `build_teacher` does."""
+  return {
+    name: _build(judge, config, f"evaluation.judges.{name}", clock or Clock())
+    for name, judge in config.evaluation.judges.items()
+  }
+
+
 def _build(teacher: settings.AnyTeacher, config: settings.Config, where: str, clock: Clock) -> Teacher:
   run = config.run
   match teacher:
