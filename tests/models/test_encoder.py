@@ -70,6 +70,19 @@ def test_hidden_states_equal_transformers(family, tmp_path, one_device):
   assert_hidden_equal(peer, skeleton, params, ragged_rows(1, types=config.type_vocab))
 
 
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("family", tiny.ENCODERS)
+def test_hidden_states_of_some_first_tokens_are_those_of_all(family, remat, tmp_path, one_device):
+  tiny.encoder(family, tmp_path)
+  config, skeleton, params, _ = load_reward_model(tmp_path, one_device, jax.random.key(0))
+  rows, encoder = ragged_rows(1, types=config.type_vocab), skeleton.bind(params).model
+  whole = encoder(*rows)
+  for wanted in (1, 5):
+    first = encoder(*rows, wanted=wanted, remat=remat)
+    assert first.shape[1] == wanted
+    np.testing.assert_allclose(first, whole[:, :wanted], atol=1e-5)
+
+
 @pytest.mark.parametrize("family", tiny.ENCODERS)
 def test_reward_equals_transformers(family, tmp_path, one_device):
   peer = tiny.encoder(family, tmp_path, reward=True)

@@ -68,9 +68,10 @@ class BertLayer(nnx.Module):
     self.output_norm = LayerNorm(config.embed, config.norm_eps)
     self.activation = config.activation
 
-  def __call__(self, x, attend: Attend):
-    """The hidden states after this layer."""
-    x = self.attention_norm(x + self.attention_output(attend(self.query(x), self.key(x), self.value(x))))
+  def __call__(self, x, attend: Attend, wanted: int | None = None):
+    """The hidden states after this layer: of all tokens, or of so many first ones."""
+    asking = x[:, :wanted]
+    x = self.attention_norm(asking + self.attention_output(attend(self.query(asking), self.key(x), self.value(x))))
     return self.output_norm(x + self.down(activate(self.activation, self.up(x)).astype(x.dtype)))
 
 
@@ -89,10 +90,10 @@ class ModernBertLayer(nnx.Module):
     self.mlp_out = Linear(mlp, embed, rngs, bias=config.mlp_bias)
     self.activation = config.activation
 
-  def __call__(self, x, attend: Attend):
-    """The hidden states after this layer."""
+  def __call__(self, x, attend: Attend, wanted: int | None = None):
+    """The hidden states after this layer: of all tokens, or of so many first ones."""
     query, key, value = jnp.moveaxis(self.attn_qkv(x if self.attn_norm is None else self.attn_norm(x)), 2, 0)
-    x = x + self.attn_out(attend(query, key, value))
+    x = x[:, :wanted] + self.attn_out(attend(query[:, :wanted], key, value))
     activated, factor = jnp.moveaxis(self.mlp_in(self.mlp_norm(x)), 2, 0)
     return x + self.mlp_out((activate(self.activation, activated) * factor).astype(x.dtype))
 
@@ -117,17 +118,20 @@ class Encoder(nnx.Module):
     mask: Bool[Array, "rows length"],
     token_types: Int[Array, "rows length"] | None = None,
     *,
+    wanted: int | None = None,
     dtype=jnp.float32,
     remat: bool = False,
-  ) -> Float[Array, "rows length embed"]:
+  ) -> Float[Array, "rows wanted embed"]:
     """Hidden states of right-padded rows; `mask` is True at real tokens, and no real token sees the padding.
 
+    `wanted` is of how many first tokens they are wanted; None is of all. The last layer computes no others.
     `token_types` tells the two texts of a BERT pair apart; without it every token is of the first.
     Raises UserError where rows are longer than the model has positions for.
     """
     x = self.embeddings(tokens, token_types, dtype)
-    for layer, attend in zip(self.layers, self._attends(mask), strict=True):
-      x = _rematerialised(layer, x, attend) if remat else layer(x, attend)
+    for index, (layer, attend) in enumerate(zip(self.layers, self._attends(mask), strict=True)):
+      some = wanted if index == len(self.layers) - 1 else None
+      x = _rematerialised(layer, x, attend, some) if remat else layer(x, attend, some)
     return x if self.final_norm is None else self.final_norm(x)
 
   def _attends(self, mask) -> list[Attend]:
@@ -140,22 +144,24 @@ class Encoder(nnx.Module):
     ]
 
 
-def _rematerialised(layer, x, attend: Attend):
+def _rematerialised(layer, x, attend: Attend, wanted: int | None):
   # A function of its own, because nnx.remat would trace `attend` if it were an argument.
-  return nnx.remat(lambda layer, x: layer(x, attend))(layer, x)
+  return nnx.remat(lambda layer, x: layer(x, attend, wanted))(layer, x)
 
 
 def attention(
-  query: Float[Array, "rows length heads head_dim"],
+  query: Float[Array, "rows wanted heads head_dim"],
   key: Float[Array, "rows length heads head_dim"],
   value: Float[Array, "rows length heads head_dim"],
   *,
   visible: Bool[Array, " rows #length length"],
   turn: Rotation | None = None,
-) -> Float[Array, "rows length heads head_dim"]:
-  """Softmax attention of each query over the keys it may see; `turn` rotates queries and keys by position."""
+) -> Float[Array, "rows wanted heads head_dim"]:
+  """Softmax attention of the first tokens' queries over the keys that each may see; `turn` rotates by position."""
+  wanted = query.shape[1]
+  visible = visible[:, :wanted]
   if turn is not None:
-    query, key = rotate(query, turn), rotate(key, turn)
+    query, key = rotate(query, Rotation(*(part[:, :wanted] for part in turn))), rotate(key, turn)
   met = meet(heads_first(query), *lay_out(key, value), visible, scale=query.shape[-1] ** -0.5)
   return jnp.swapaxes(met.normalised(), 1, 2).astype(query.dtype)
 

@@ -94,8 +94,9 @@ class EncoderRewardModel(nnx.Module):
     remat: bool = False,
   ) -> Float[Array, " rows"]:
     """The reward of each row, read at its first token or, where the configuration says so, from the mean of all."""
-    hidden = self.model(tokens, mask, token_types, dtype=dtype, remat=remat)
-    pooled = hidden[:, 0] if self.config.pooling == "cls" else _mean(hidden, mask)
+    first = self.config.pooling == "cls"
+    hidden = self.model(tokens, mask, token_types, wanted=1 if first else None, dtype=dtype, remat=remat)
+    pooled = hidden[:, 0] if first else _mean(hidden, mask)
     pooled = activate(self.config.classifier_activation, self.dense(pooled)).astype(pooled.dtype)
     return _reward(self.out, pooled if self.norm is None else self.norm(pooled))
 
