@@ -84,6 +84,21 @@ def test_hidden_states_of_some_first_tokens_are_those_of_all(family, remat, tmp_
 
 
 @pytest.mark.parametrize("family", tiny.ENCODERS)
+def test_rows_in_turn_have_the_rewards_that_they_have_at_once(family, tmp_path, one_device, monkeypatch):
+  monkeypatch.setattr("tsalign_jax.models.encoder.CACHED", 5000)  # a row or two of these
+  tiny.encoder(family, tmp_path, reward=True)
+  config, skeleton, params, _ = load_reward_model(tmp_path, one_device)
+  rows = ragged_rows(6, types=config.type_vocab)
+  inputs = jax.tree.map(jnp.asarray, rows)
+
+  def total(params, mesh):
+    return jnp.sin(skeleton.bind(params)(*inputs, mesh=mesh)).sum()
+
+  at_once, in_turn = (jax.value_and_grad(total)(params, mesh) for mesh in (None, one_device))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), at_once, in_turn)
+
+
+@pytest.mark.parametrize("family", tiny.ENCODERS)
 def test_reward_equals_transformers(family, tmp_path, one_device):
   peer = tiny.encoder(family, tmp_path, reward=True)
   config, skeleton, params, missing = load_reward_model(tmp_path, one_device)

@@ -8,12 +8,14 @@ from typing import Protocol
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from tsalign_jax.models.config import EncoderConfig
 from tsalign_jax.models.layers import Embedding, LayerNorm, Linear, Rotation, activate, rotate, rotation
 from tsalign_jax.ops.attention import lay_out, meet
 from tsalign_jax.ops.einsum import heads_first
+from tsalign_jax.ops.order import CACHED, after, on_one_cpu
 from tsalign_jax.types import UserError
 
 
@@ -119,6 +121,7 @@ class Encoder(nnx.Module):
     token_types: Int[Array, "rows length"] | None = None,
     *,
     wanted: int | None = None,
+    mesh: Mesh | None = None,
     dtype=jnp.float32,
     remat: bool = False,
   ) -> Float[Array, "rows wanted embed"]:
@@ -129,17 +132,17 @@ class Encoder(nnx.Module):
     Raises UserError where rows are longer than the model has positions for.
     """
     x = self.embeddings(tokens, token_types, dtype)
-    for index, (layer, attend) in enumerate(zip(self.layers, self._attends(mask), strict=True)):
+    for index, (layer, attend) in enumerate(zip(self.layers, self._attends(mask, on_one_cpu(mesh)), strict=True)):
       some = wanted if index == len(self.layers) - 1 else None
       x = _rematerialised(layer, x, attend, some) if remat else layer(x, attend, some)
     return x if self.final_norm is None else self.final_norm(x)
 
-  def _attends(self, mask) -> list[Attend]:
+  def _attends(self, mask, in_turn: bool) -> list[Attend]:
     position = jnp.arange(mask.shape[1])
     turns = [rotation(rope, self.config.head_dim, position[None], position.shape[0]) for rope in self.config.ropes]
     visible = {window: _visible(mask, window) for window in set(self.config.windows)}
     return [
-      functools.partial(attention, visible=visible[window], turn=None if rope is None else turns[rope])
+      functools.partial(attention, visible=visible[window], turn=None if rope is None else turns[rope], in_turn=in_turn)
       for window, rope in zip(self.config.windows, self.config.layer_ropes, strict=True)
     ]
 
@@ -156,14 +159,24 @@ def attention(
   *,
   visible: Bool[Array, " rows #length length"],
   turn: Rotation | None = None,
+  in_turn: bool = False,
 ) -> Float[Array, "rows wanted heads head_dim"]:
-  """Softmax attention of the first tokens' queries over the keys that each may see; `turn` rotates by position."""
-  wanted = query.shape[1]
+  """Softmax attention of the first tokens' queries over the keys that each may see; `turn` rotates by position.
+
+  `in_turn` computes a few rows after the other, whose logits stay in a CPU's caches.
+  """
+  rows, wanted, heads, _ = query.shape
   visible = visible[:, :wanted]
   if turn is not None:
     query, key = rotate(query, Rotation(*(part[:, :wanted] for part in turn))), rotate(key, turn)
-  met = meet(heads_first(query), *lay_out(key, value), visible, scale=query.shape[-1] ** -0.5)
-  return jnp.swapaxes(met.normalised(), 1, 2).astype(query.dtype)
+  at_once = max(1, CACHED // (heads * wanted * key.shape[1])) if in_turn else rows
+  out = []
+  for start in range(0, rows, at_once):
+    some = slice(start, start + at_once)
+    asking = after(out[-1], query[some]) if out else query[some]
+    met = meet(heads_first(asking), *lay_out(key[some], value[some]), visible[some], scale=query.shape[-1] ** -0.5)
+    out.append(jnp.swapaxes(met.normalised(), 1, 2).astype(query.dtype))
+  return jnp.concatenate(out)
 
 
 def _visible(mask, window: int | None) -> Bool[Array, " rows #length length"]:

@@ -90,12 +90,13 @@ class EncoderRewardModel(nnx.Module):
     mask: Bool[Array, "rows length"],
     token_types: Int[Array, "rows length"] | None = None,
     *,
+    mesh: Mesh | None = None,
     dtype=jnp.float32,
     remat: bool = False,
   ) -> Float[Array, " rows"]:
     """The reward of each row, read at its first token or, where the configuration says so, from the mean of all."""
     first = self.config.pooling == "cls"
-    hidden = self.model(tokens, mask, token_types, wanted=1 if first else None, dtype=dtype, remat=remat)
+    hidden = self.model(tokens, mask, token_types, wanted=1 if first else None, mesh=mesh, dtype=dtype, remat=remat)
     pooled = hidden[:, 0] if first else _mean(hidden, mask)
     pooled = activate(self.config.classifier_activation, self.dense(pooled)).astype(pooled.dtype)
     return _reward(self.out, pooled if self.norm is None else self.norm(pooled))

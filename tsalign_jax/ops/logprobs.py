@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tsalign_jax.ops.einsum import soft_cap, sum_exp, transposed, wide_dot
+from tsalign_jax.ops.order import after
 
 CHUNK = 256  # tokens
 PART = 2048  # columns of the vocabulary
@@ -25,7 +26,7 @@ def token_logprobs(
   """log p(target) of each token, in nats and float32, computed a piece of [tokens, vocab] at a time.
 
   A piece is `chunk` tokens by `part` columns of the vocabulary; None takes all. Chunks are scanned, and leave a
-  sharded vocabulary where it is; parts are laid out one after the other, and suit the caches of a CPU. The backward
+  sharded vocabulary where it is; parts are computed one after the other, and suit the caches of a CPU. The backward
   pass computes the logits of a piece again. Products are in the dtype of `hidden`, and the gradient of a float32
   `head` is summed in float32.
   """
@@ -47,8 +48,8 @@ def _logprobs(softcap: float | None, part: int | None, hidden, head, targets) ->
 def _forward(softcap: float | None, part: int | None, hidden, head, targets):
   of_target, normaliser = jnp.zeros(targets.shape), jnp.full(targets.shape, -jnp.inf)
   for start, columns in _parts(head, part):
-    after = _after(of_target - normaliser, hidden) if start else hidden
-    logits = soft_cap(wide_dot(after, columns), softcap)
+    asking = after(of_target - normaliser, hidden) if start else hidden
+    logits = soft_cap(wide_dot(asking, columns), softcap)
     highest = logits.max(-1, keepdims=True)
     normaliser = jnp.logaddexp(normaliser, highest[:, 0] + jnp.log(sum_exp(logits - highest)))
     of_target += _target_logit(targets - start, logits)
@@ -60,8 +61,8 @@ def _backward(softcap: float | None, part: int | None, saved, cotangent):
   hidden, head, targets, normaliser = saved
   into_hidden, into_head = jnp.zeros(hidden.shape), []
   for start, columns in _parts(head, part):
-    after = _after(into_hidden if start else cotangent, hidden)
-    logits = soft_cap(wide_dot(after, columns), softcap)
+    asking = after(into_hidden if start else cotangent, hidden)
+    logits = soft_cap(wide_dot(asking, columns), softcap)
     into_logits = _is_target(targets - start, logits) - jnp.exp(logits - normaliser[:, None])
     if softcap is not None:
       into_logits = into_logits * (1 - jnp.square(logits / softcap))
@@ -78,15 +79,6 @@ def _parts(head: Float[Array, "embed vocab"], part: int | None) -> Iterator[tupl
   """(first column, columns) of each part of the vocabulary."""
   for start in range(0, head.shape[1], part or head.shape[1]):
     yield start, head if part is None else head[:, start : start + part]
-
-
-def _after(earlier: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
-  """x, once something else is computed: zero is added to it, which XLA cannot know.
-
-  XLA's CPU backend ignores barriers. It would compute the logits of all parts first, and keep them for the backward
-  pass: an array of [tokens, vocab] in all but name.
-  """
-  return x + jnp.minimum(jnp.abs(earlier).max(), 0).astype(x.dtype)
 
 
 def _target_logit(targets, logits) -> Float[Array, " tokens"]:

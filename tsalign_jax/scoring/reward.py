@@ -256,6 +256,7 @@ class EncoderEngine(RewardEngine):
       batch.tokens.reshape(-1, width),
       mask,
       batch.token_types.reshape(-1, width) if self.model.config.type_vocab > 1 else None,
+      mesh=self.mesh,
       dtype=self.model.dtype,
       remat=self.model.remat,
     )
