@@ -8,7 +8,7 @@ from benchmarks.workload import load_chat, prompts, reward_model
 
 PEER = "TRL online DPO"
 RESPONSES = 2  # a prompt: TRL's online DPO knows no other number
-OURS = [{"batch_prompts": batch, "batch_tokens": 2048, "microbatch_tokens": 2048} for batch in (32, 16)]
+OURS = [{"batch_prompts": batch, "batch_tokens": 2048, "microbatch_tokens": 2048} for batch in (64, 32)]
 THEIRS = [
   {"batch": 16, "checkpointing": False, "weights": "bfloat16"},
   {"batch": 8, "checkpointing": False, "weights": "bfloat16"},

@@ -17,7 +17,7 @@ items = st.lists(
 @settings(deadline=None)
 @given(items)
 def test_every_item_is_in_one_row_and_reads_back(items):
-  layout = plan_layout(items)
+  layout = plan_layout(items, len(items))
   rows = assign(items, range(len(items)), layout)
   assert sorted(index for row in rows for index in row) == list(range(len(items)))
   packed = pack([[items[index] for index in row] for row in rows], layout)
@@ -34,7 +34,7 @@ def test_every_item_is_in_one_row_and_reads_back(items):
 @settings(deadline=None)
 @given(items, st.integers(1, 3), st.integers(1, 4))
 def test_each_response_token_is_predicted_by_the_token_before_it(items, ways, rows):
-  packing = Packing(items, len(items), rows * plan_layout(items).length, ways)
+  packing = Packing(items, len(items), rows * plan_layout(items, len(items)).length, ways)
   found, layout = [], packing.layout
   for packed, place in packing.batches(range(len(items))):
     assert packed.target.shape == (ways, layout.targets_of(len(place) // ways))
@@ -71,7 +71,13 @@ def test_rows_of_real_lengths_have_little_padding():
   draw = lambda mean: [1] * (int(random.lognormal(mean, 0.8)) + 1)  # noqa: E731
   items = [Item(draw(4.5), (draw(4), draw(4))) for _ in range(500)]
   items = [item for item in items if item.tokens <= 1024]
-  layout = plan_layout(items)
+  layout = plan_layout(items, len(items))
   rows = assign(items, range(len(items)), layout)
   padding = 1 - sum(item.tokens for item in items) / (len(rows) * layout.length)
   assert padding < 0.08
+
+
+def test_rows_are_longer_than_the_longest_item_where_two_would_not_fit():
+  alike = [Item([1] * 100, ([1] * 90, [1] * 80))] * 64
+  assert plan_layout(alike, 32).length > 2 * MULTIPLE  # 512 tokens would hold one of 270
+  assert plan_layout([Item([1] * 90, ([1] * 80, [1] * 80))] * 64, 32).length == MULTIPLE

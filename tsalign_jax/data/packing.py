@@ -16,6 +16,8 @@ from tsalign_jax.types import Packed
 
 MULTIPLE = 256  # tokens; rows are as long as a multiple of it, as the kernel's blocks want it
 SMALLEST = 16  # tokens; a row holds as many items as if they were of this size
+ATTENTION = 2048  # tokens of a row at which attention costs as much as all the rest, about
+SEEN = 512  # items that a row's length is chosen by
 
 
 class Item(NamedTuple):
@@ -53,23 +55,40 @@ class Layout(NamedTuple):
     return min(rows * self.targets, usual)
 
 
-def plan_layout(items: Sequence[Item]) -> Layout:
-  """The layout for these items: rows as long as the longest needs, with room for as many response tokens as usual.
+def plan_layout(items: Sequence[Item], at_once: int) -> Layout:
+  """The layout for these items, of which `at_once` come together: with room for as many response tokens as usual.
 
   It comes in coarse steps, so that the stages of the next round, whose items are alike, mostly get the same.
   """
-  length = round_up(max(item.tokens for item in items), MULTIPLE)
+  length, step = row_length(items, at_once), 8
   share = sum(item.targets for item in items) / sum(item.tokens for item in items)
-  targets = max(max(item.targets for item in items), int(1.15 * share * length))
-  targets = min(length, round_up(targets, length // 8))
-  usual = min(targets, round_up(int(1.05 * share * length), length // 32))
+  most = max(max(item.targets for item in items), int(1.15 * share * length))
+  targets, usual = (min(length, round_up(count, length // step)) for count in (most, int(1.05 * share * length)))
   return Layout(length, targets, usual, length // SMALLEST, len(items[0].responses))
 
 
-def roomy_layout(items: Sequence[Item]) -> Layout:
-  """Rows as long as the longest item needs, and any of their tokens may be a response's: few layouts for all items."""
-  length = round_up(max(item.tokens for item in items), MULTIPLE)
+def roomy_layout(items: Sequence[Item], at_once: int) -> Layout:
+  """The layout for these items where any of their tokens may be a response's: there are few such layouts."""
+  length = row_length(items, at_once)
   return Layout(length, length, length, length // SMALLEST, len(items[0].responses))
+
+
+def row_length(items: Sequence[Item], at_once: int) -> int:
+  """Tokens of a row: as few as the longest item needs, or up to twice as many where that makes steps cheaper.
+
+  Short rows attend less, and long ones have less room left over: of rows that hold one and a half items, a third is
+  padding.
+  """
+  steps = [range(len(items))[start : start + at_once] for start in range(0, min(len(items), SEEN), at_once)]
+  shortest = round_up(max(item.tokens for item in items), MULTIPLE)
+
+  def cost(length: int) -> float:
+    layout = Layout(length, length, length, length // SMALLEST, 0)
+    rows = sum(len(assign(items, step, layout)) for step in steps)
+    reluctance = 1.0 if length == shortest else 1.1  # else rounds would change lengths, and compile anew
+    return rows * length * (1 + length / ATTENTION) * reluctance
+
+  return min(range(shortest, 2 * shortest + 1, MULTIPLE), key=cost)
 
 
 def assign(items: Sequence[Item], indices: Iterable[int], layout: Layout) -> list[list[int]]:
@@ -97,7 +116,7 @@ class Packing:
 
   def __init__(self, items: Sequence[Item], at_once: int, tokens: int, ways: int, layout: Layout | None = None):
     self.items, self.ways = items, ways
-    self.layout = layout or plan_layout(items)
+    self.layout = layout or plan_layout(items, at_once)
     needed = at_once * sum(item.tokens for item in items) / len(items)
     self.most = min(tokens, round_up(int(needed), self.layout.length)) // self.layout.length
 

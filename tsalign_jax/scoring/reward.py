@@ -196,7 +196,7 @@ class DecoderEngine(RewardEngine):
     if len(items[0].responses) > FEW:
       return super().lay_out(items, at_once, tokens)
     packed = [Item(item.prompt, item.responses) for item in items]
-    return Packing(packed, at_once, tokens, batch_ways(self.mesh), roomy_layout(packed))
+    return Packing(packed, at_once, tokens, batch_ways(self.mesh), roomy_layout(packed, at_once))
 
 
 class EncoderEngine(RewardEngine):
