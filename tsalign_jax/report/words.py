@@ -81,7 +81,7 @@ def _judge_caveat(metrics: Metrics) -> str:
   if not metrics.judges:
     return labelled + "pleased more often, which people or another judge may not share."
   found = ", ".join(f"{percent(judge.win_rate)} by {name}" for name, judge in metrics.judges.items())
-  return labelled + f"pleased more often. Judges that labelled nothing see less of the teacher's taste: {found}."
+  return labelled + f"pleased more often. Judges that labelled nothing share less of its taste: {found}."
 
 
 def _interval_caveat(metrics: Metrics) -> str | None:
