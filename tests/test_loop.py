@@ -81,7 +81,7 @@ def test_a_run_leaves_every_table_and_metric(setting):
 def test_without_distil_the_student_stays(tmp_path):
   config = tiny.run_config(tmp_path, rounds=1, distil=None, student={"path": str(tmp_path / "student")})
   subprocess.run([*COMMAND, config], check=True, env=_one_device(), stdout=subprocess.DEVNULL)
-  metrics = metrics_of(tmp_path / "run")
+  metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
   assert not (tmp_path / "run" / "round_01" / "student").exists() and "distil" not in metrics["seconds"]
   for key in ("student_accuracy_mined", "student_accuracy_random", "student_calibration"):
     assert metrics[key]["initial"] == metrics[key]["now"]

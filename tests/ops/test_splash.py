@@ -174,7 +174,7 @@ def test_kernel_over_packed_rows_equals_xla(masking, head_dim, one_device, small
   kernel, xla = paths(monkeypatch, one_device, masking)
   for kind in range(len(masking.windows)):
     batch, place = packed_rows(ragged_items(kind, count=9, prompt=200, response=70), 1024)
-    assert batch.tokens.shape == (2, 512) and (place >= 0).sum() > 3
+    assert batch.tokens.shape == (2, 512) and (place >= 0).sum() > 2
     assert_equal_paths(kernel, xla, batch, kind, *random_tensors(batch, 4, 2, head_dim))
 
 

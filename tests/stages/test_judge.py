@@ -208,10 +208,10 @@ def test_evaluation_run_again_pays_nothing_again(server, tmp_path):
     {each.prompt.id: [judging._response(each.prompt.id, 0, getattr(each, side))] for each in ASKED}
     for side in ("first", "second")
   ]
-  job.writes["comparisons"] = tmp_path / "comparisons.parquet"
+  rows = [(i, sides[0][i][0], sides[1][i][0]) for i in prompts]
   found = []
   for _ in range(2):
     with build_teacher(config) as opened:
-      found.append(evaluate._win_rate(job, opened, prompts, sides[1], sides[0]))
+      found.append(evaluate._outcome(job, rows, evaluate._judged(prompts, rows, opened)))
   assert found[0] == found[1] and len(server.log) == 2 * sum(each.first != each.second for each in ASKED)
   assert found[0]["win_rate"] == win_rate([[truth(each)] for each in ASKED])

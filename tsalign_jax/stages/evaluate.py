@@ -12,6 +12,7 @@ from tsalign_jax.pairing.statistics import bootstrap_interval, win_rate
 from tsalign_jax.parallel.mesh import batch_ways, put_batch
 from tsalign_jax.stages.base import Counts, Job
 from tsalign_jax.stages.diagnose import student_quality, student_regret
+from tsalign_jax.teachers.base import Teacher
 from tsalign_jax.teachers.build import build_judges, build_teacher
 from tsalign_jax.training.align import build_reference
 from tsalign_jax.types import CandidatePair, Judgement, Verdict
@@ -24,20 +25,19 @@ def evaluate(job: Job) -> Counts:
   prompts = {row["prompt_id"]: row for row in read_table(job.reads["prompts"], used_only=True)}
   base, policy = (by_prompt(read_table(job.reads[name])) for name in ("base_answers", "policy_answers"))
   rows = [(i, ours, theirs) for i in prompts for ours, theirs in zip(policy[i], base[i], strict=True)]
-  pairs = [CandidatePair(to_prompt(prompts[i]), ours["text"], theirs["text"]) for i, ours, theirs in rows]
   judges = build_judges(job.config)
   with job.progress(4 + len(judges), "parts") as advance:
     with build_teacher(job.config) as teacher:
-      judged = teacher.judge(pairs)
+      judged = _judged(prompts, rows, teacher)
       metrics: Counts = {"heldout_prompts": len(prompts), **_outcome(job, rows, judged)}
       advance(1, f"win rate {metrics['win_rate']:.1%}")
       metrics |= student_quality(job, teacher, prompts, {i: [*base[i], *policy[i]] for i in prompts})
       metrics |= student_regret(job, teacher)
       advance(2, "")
-    others: dict[str, list[Judgement]] = {}
+    others: dict[str, Sequence[Judgement]] = {}
     for name, judge in judges.items():
       with judge:
-        others[name] = judge.judge(pairs)
+        others[name] = _judged(prompts, rows, judge)
       advance(1, f"by {name}")
     metrics["judges"] = {name: _outcome(job, rows, judgements) for name, judgements in others.items()}
     table = [
@@ -49,6 +49,10 @@ def evaluate(job: Job) -> Counts:
     metrics["kl_from_initial"] = _kl(job, prompts, policy)
     advance(1, "")
   return metrics
+
+
+def _judged(prompts: Mapping[int, dict], rows: Answers, judge: Teacher) -> Sequence[Judgement]:
+  return judge.judge([CandidatePair(to_prompt(prompts[i]), ours["text"], theirs["text"]) for i, ours, theirs in rows])
 
 
 def _outcome(job: Job, rows: Answers, judged: Sequence[Judgement]) -> Counts:
