@@ -42,6 +42,7 @@ def run(
 
   The same command continues a run that was stopped at any point; stages that are done are not done again.
   """
+  _use_huge_pages()
   from tsalign_jax.config import load_config
   from tsalign_jax.loop import run as run_recipe
   from tsalign_jax.progress import terminal_progress
@@ -69,6 +70,7 @@ def train_reward(
 
   The same command continues a training that was stopped at any point.
   """
+  _use_huge_pages()
   from tsalign_jax.config import RewardConfig, load_config
   from tsalign_jax.progress import terminal_progress
   from tsalign_jax.report.reward import reward_summary
@@ -92,6 +94,7 @@ def bench(
   Sampling, scoring and training are shown in tokens, responses and pairs a second, and as shares of what the machine
   does in a large matrix product and in a large sum in place.
   """
+  _use_huge_pages()
   from tsalign_jax.bench import bench as measure
   from tsalign_jax.bench import table
   from tsalign_jax.config import load_config
@@ -187,7 +190,6 @@ def _use_huge_pages() -> None:
 
 def main() -> None:
   """Entry point: a UserError is one sentence on standard error and exit code 2."""
-  _use_huge_pages()
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   try:
     app()

@@ -159,11 +159,11 @@ def _check_inputs(config: Config) -> Teacher:
     )
   if config.student.warm_start is None and not student.reward_head:
     raise UserError(f"student.path: {config.student.path} has no reward head; set student.warm_start to train one")
-  teacher = build_teacher(config)
-  for source in (config.prompts.train, config.prompts.heldout):
-    teacher.validate_prompts(read_prompts(source), source)
-  for judge in build_judges(config).values():
-    judge.validate_prompts(read_prompts(config.prompts.heldout), config.prompts.heldout)
+  teacher, judges = build_teacher(config), build_judges(config).values()
+  for source, readers in ((config.prompts.train, [teacher]), (config.prompts.heldout, [teacher, *judges])):
+    prompts = read_prompts(source)
+    for reader in readers:
+      reader.validate_prompts(prompts, source)
   if config.distil and config.distil.replay:
     read_preferences(config.distil.replay)
   return teacher

@@ -17,6 +17,7 @@ from ragged import packed_rows, ragged_batch, ragged_items
 
 from tsalign_jax.config import Align, Policy
 from tsalign_jax.data.batching import prompts_only
+from tsalign_jax.data.packing import Item
 from tsalign_jax.models.loading import language_model
 from tsalign_jax.ops import splash
 from tsalign_jax.ops.attention import PackedRows, TrunkAndBranches
@@ -173,8 +174,9 @@ def test_kernel_equals_xla(masking, head_dim, one_device, small_blocks, monkeypa
 def test_kernel_over_packed_rows_equals_xla(masking, head_dim, one_device, small_blocks, monkeypatch):
   kernel, xla = paths(monkeypatch, one_device, masking)
   for kind in range(len(masking.windows)):
-    batch, place = packed_rows(ragged_items(kind, count=9, prompt=200, response=70), 1024)
-    assert batch.tokens.shape == (2, 512) and (place >= 0).sum() > 2
+    long = Item(list(range(3, 90)) * 3, [[5] * 70] * 3)
+    batch, place = packed_rows([long, *ragged_items(kind, count=12, prompt=120, response=40)], 1024)
+    assert batch.tokens.shape == (2, 512) and (place >= 0).sum() > 3
     assert_equal_paths(kernel, xla, batch, kind, *random_tensors(batch, 4, 2, head_dim))
 
 

@@ -13,7 +13,7 @@ def round_up(length: int, multiple: int) -> int:
 
 
 def bucket(length: int, steps: int = 8) -> int:
-  """The width that rows of this length are padded to: multiples of 16 up to `steps`, then `steps` / 2 a doubling.
+  """The width that rows of this length are padded to: `steps` multiples of 16, then `steps` / 2 more a doubling.
 
   There are few such widths, so few programs are compiled; with 8 steps rows get a seventh longer on average, a quarter
   at most, with 16 half as much.

@@ -60,10 +60,10 @@ def plan_layout(items: Sequence[Item], at_once: int) -> Layout:
 
   It comes in coarse steps, so that the stages of the next round, whose items are alike, mostly get the same.
   """
-  length, step = row_length(items, at_once), 8
+  length = row_length(items, at_once)
   share = sum(item.targets for item in items) / sum(item.tokens for item in items)
   most = max(max(item.targets for item in items), int(1.15 * share * length))
-  targets, usual = (min(length, round_up(count, length // step)) for count in (most, int(1.05 * share * length)))
+  targets, usual = (min(length, round_up(count, length // 8)) for count in (most, int(1.05 * share * length)))
   return Layout(length, targets, usual, length // SMALLEST, len(items[0].responses))
 
 
@@ -155,24 +155,20 @@ def share_out(loads: Sequence[int], sizes: Sequence[int], layout: Layout) -> lis
 
 def pack(rows: Sequence[Sequence[Item]], layout: Layout, ways: int = 1) -> Packed:
   """Rows of items as arrays, the response tokens apart in `ways` shards of as many rows each; rows may be empty."""
-  size = len(rows) // ways
-  packed = _blank(len(rows), layout, ways)
-  for shard in range(ways):
-    target = 0
-    for row in range(size):
-      column = 0
-      for number, item in enumerate(rows[shard * size + row]):
-        column, target = _place(packed, shard, row, column, target, number, item)
+  packed, target = _blank(len(rows), layout, ways), 0
+  for row, held in enumerate(rows):
+    column = 0
+    target = target if row % (len(rows) // ways) else 0
+    for number, item in enumerate(held):
+      column, target = _place(packed, row, column, target, number, item)
   return packed
 
 
-def _place(
-  packed: Packed, shard: int, row_of_shard: int, column: int, target: int, number: int, item: Item
-) -> tuple[int, int]:
-  """Writes one item from `column` and `target` on; where the next one begins."""
+def _place(packed: Packed, row: int, column: int, target: int, number: int, item: Item) -> tuple[int, int]:
+  """Writes one item from `column` of its row and `target` of its shard on; where the next one begins."""
   rows, length = packed.tokens.shape
   _, items, k = packed.length.shape
-  row = shard * (rows // len(packed.target)) + row_of_shard
+  shard, row_of_shard = divmod(row, rows // len(packed.target))
   start, trunk = column, len(item.prompt)
   for branch, tokens in enumerate((item.prompt, *item.responses)):
     end = column + len(tokens)

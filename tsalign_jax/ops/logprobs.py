@@ -61,7 +61,7 @@ def _backward(softcap: float | None, part: int | None, saved, cotangent):
   hidden, head, targets, normaliser = saved
   into_hidden, into_head = jnp.zeros(hidden.shape), []
   for start, columns in _parts(head, part):
-    asking = after(into_hidden if start else cotangent, hidden)
+    asking = after(into_hidden if start else cotangent, hidden) if part else hidden
     logits = soft_cap(wide_dot(asking, columns), softcap)
     into_logits = _is_target(targets - start, logits) - jnp.exp(logits - normaliser[:, None])
     if softcap is not None:

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from tsalign_jax.parallel.mesh import platform
+
 CACHED = 1 << 20  # elements of float32 that stay in a CPU's caches from one pass over them to the next
 
 
 def on_one_cpu(mesh: Mesh | None) -> bool:
   """Whether programs on this mesh run on a single CPU device."""
-  return mesh is not None and mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+  return mesh is not None and mesh.size == 1 and platform(mesh) == "cpu"
 
 
 def after(earlier: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tsalign_jax.data.batching import round_up
 from tsalign_jax.ops.masking import Masking
-from tsalign_jax.parallel.mesh import partition_spec
+from tsalign_jax.parallel.mesh import partition_spec, platform
 
 LANES = 128  # block sizes are multiples of it
 BLOCKS = (512, 384, 256)
@@ -40,11 +40,7 @@ def applies(mesh: Mesh | None, dtype) -> bool:
   The platform is that of the mesh, not of the machine that traces, so a program compiled for a TPU topology on a CPU
   is the one that runs there. Float32 stays with XLA, whose products are then float32: the kernel rounds to bfloat16.
   """
-  return mesh is not None and _platform(mesh) == "tpu" and dtype == jnp.bfloat16
-
-
-def _platform(mesh: Mesh) -> str:
-  return mesh.devices.flat[0].platform
+  return mesh is not None and platform(mesh) == "tpu" and dtype == jnp.bfloat16
 
 
 class Columns(NamedTuple):
@@ -197,7 +193,7 @@ def _kernel(mask: splash_attention.MultiHeadMask | Array, block: int, softcap: f
     attn_logits_soft_cap=softcap,
     head_shards=1,
     q_seq_shards=1,
-    interpret=_platform(mesh) != "tpu",
+    interpret=platform(mesh) != "tpu",
   )
   # Of masks that are not known there is a flag, made an array, that the kernel then asks, which inside a program fails.
   kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=None)

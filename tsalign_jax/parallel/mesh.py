@@ -86,6 +86,11 @@ def constrain_batch(array: jax.Array, mesh: Mesh) -> jax.Array:
   return constrain(array, ("batch", *[None] * (array.ndim - 1)), mesh)
 
 
+def platform(mesh: Mesh) -> str:
+  """What programs on this mesh run on: "cpu", "gpu" or "tpu", also where that is not the machine that traces them."""
+  return mesh.devices.flat[0].platform
+
+
 def batch_ways(mesh: Mesh) -> int:
   """Over how many devices the first axis of a batch is split: batch sizes are multiples of it."""
   return mesh.shape["data"] * mesh.shape["fsdp"]

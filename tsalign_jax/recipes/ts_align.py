@@ -6,7 +6,7 @@ A recipe is the list of its stages: what each reads and writes. Nothing happens 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tsalign_jax.config import Config, Sampling
+from tsalign_jax.config import Config, Sampling, SomeTeacher
 from tsalign_jax.recipes.step import Step, files_of
 from tsalign_jax.stages.align import align
 from tsalign_jax.stages.distil import distil
@@ -34,7 +34,7 @@ def ts_align(config: Config) -> Iterator[Step]:
   for number in range(1, config.rounds + 1):
     yield from _round(config, number, train, heldout, policy, student)
     folder = run / round_name(number)
-    policy, student = folder / "policy", folder / "student" if config.distil else student
+    policy, student = folder / "policy", _student_after(config, folder, student)
 
 
 def round_name(number: int) -> str:
@@ -82,6 +82,7 @@ def _round(config: Config, number: int, train: Path, heldout: Path, policy: Path
   if config.distil:
     yield _distil(config, name, student, replay, config.distil)
   yield _answer(config, name, heldout, folder / "policy")
+  judges = {f"judge_{name}": judge for name, judge in config.evaluation.judges.items()}
   reads = {
     "prompts": heldout,
     "train_prompts": train,
@@ -90,10 +91,9 @@ def _round(config: Config, number: int, train: Path, heldout: Path, policy: Path
     "base_answers": start / "answers.parquet",
     "policy_answers": folder / "answers.parquet",
     "student_initial": first_student(config),
-    "student_now": folder / "student" if config.distil else student,
+    "student_now": _student_after(config, folder, student),
     "policy_initial": config.policy.path,
-    **_teacher_files(config),
-    **_judge_files(config),
+    **_files({"teacher": config.teacher, **judges}),
   }
   yield Step(f"{name}/evaluate", evaluate, reads, {"comparisons": "comparisons.parquet"})
 
@@ -124,7 +124,7 @@ def _label(config: Config, name: str, prompts: Path, scores: Path | None, option
   reads = {"responses": responses} | ({"scores": scores} if scores else {})
   yield Step(f"{name}/mine", mine, reads, {"candidates": "candidates.parquet"}, options)
   reads = {"prompts": prompts, "responses": responses}
-  judged = reads | {"candidates": candidates} | _teacher_files(config)
+  judged = reads | {"candidates": candidates} | _files({"teacher": config.teacher})
   yield Step(f"{name}/judge", judge, judged, {"verdicts": "verdicts.parquet"})
   yield Step(f"{name}/pair", pair, reads | {"verdicts": folder / "verdicts.parquet"}, {"pairs": "pairs.parquet"})
 
@@ -139,12 +139,11 @@ def _distil(config: Config, name: str, student: Path, replay: Mapping[str, Path]
   return Step(f"{name}/distil", distil, reads, {"student": "student", "log": "distil.jsonl"}, {"settings": settings})
 
 
-def _teacher_files(config: Config) -> dict[str, Path]:
-  """Files and models' folders that a teacher's verdicts depend on."""
-  return files_of({f"teacher_{index}": source for index, source in enumerate(config.teacher.sources())})
+def _files(teachers: Mapping[str, SomeTeacher]) -> dict[str, Path]:
+  """Files and models' folders that the verdicts of these teachers depend on."""
+  return files_of({f"{name}_{n}": file for name, each in teachers.items() for n, file in enumerate(each.sources())})
 
 
-def _judge_files(config: Config) -> dict[str, Path]:
-  """The same of the judges who only evaluate."""
-  judges = config.evaluation.judges.items()
-  return files_of({f"judge_{name}_{index}": at for name, judge in judges for index, at in enumerate(judge.sources())})
+def _student_after(config: Config, folder: Path, student: Path) -> Path:
+  """The student that a round leaves behind: what it distilled, or else the one that it began with."""
+  return folder / "student" if config.distil else student

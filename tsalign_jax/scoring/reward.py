@@ -93,7 +93,7 @@ class RewardEngine(abc.ABC):
 
   def lay_out(self, items: Sequence[Encoded], at_once: int, tokens: int) -> Batches:
     """Batches of at most `tokens` tokens for items with the same number of responses; `at_once` come together."""
-    return Alike(self, items, min(at_once, len(items)), tokens)
+    return Alike(self, items, at_once, tokens)
 
   def score(self, params: Params, items: Sequence[Encoded]) -> Iterator[tuple[int, list[float]]]:
     """(index of the item, its scores), in batches of like width, so that they hold little padding."""
