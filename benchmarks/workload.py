@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.contest import Side
 from benchmarks.terminal import note
 from tsalign_jax.data.chat import Chat
-from tsalign_jax.data.files import read_preferences, read_prompts
+from tsalign_jax.data.files import evenly, read_preferences, read_prompts
 from tsalign_jax.demo_prompts import generate, write_jsonl
 from tsalign_jax.scoring.reward import conversation_text
 from tsalign_jax.types import PreferencePair, Prompt, UserError
@@ -30,7 +30,7 @@ def prompts(options: argparse.Namespace, count: int) -> list[Prompt]:
   fitting = [prompt for prompt in read_prompts(source) if len(chat.prompt_tokens(prompt.messages)) <= LONGEST_PROMPT]
   if len(fitting) < count:
     raise UserError(f"{source}: {count} prompts of at most {LONGEST_PROMPT} tokens are needed, it has {len(fitting)}")
-  return [fitting[index * len(fitting) // count] for index in range(count)]
+  return list(evenly(fitting, count))
 
 
 def pairs(options: argparse.Namespace, count: int, *, prompt_tokens: int) -> list[dict[str, Any]]:

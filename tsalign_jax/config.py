@@ -93,7 +93,7 @@ class Prompts(Section):
   per_round: Count | None = None
   """How many training prompts each round takes, in a shuffled order that starts over at its end; null: all."""
   heldout_limit: Count | None = None
-  """How many held-out prompts are used: the first so many of the file; null uses all."""
+  """How many held-out prompts are used, taken evenly from the whole file; null uses all."""
 
 
 class Sampling(Section):

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tsalign_jax.data.files import read_preferences, read_prompts
+from tsalign_jax.data.files import evenly, read_preferences, read_prompts
 from tsalign_jax.types import PreferencePair, UserError
 
 USER = [{"role": "user", "content": "hi"}]
@@ -78,3 +78,10 @@ def test_margin_that_is_no_number_is_named(value, tmp_path):
 def test_empty_file_is_refused(tmp_path):
   with pytest.raises(UserError, match="there is no row in it"):
     read_prompts(jsonl(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ("most", "taken"), [(1, [0]), (2, [0, 5]), (3, [0, 3, 6]), (10, list(range(10))), (99, list(range(10)))]
+)
+def test_a_limit_takes_rows_from_the_whole_file(most, taken):
+  assert evenly(range(10), most) == taken

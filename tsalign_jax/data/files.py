@@ -2,15 +2,16 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tsalign_jax.types import Conversation, PreferencePair, Prompt, UserError
 
+Row = TypeVar("Row")
 ROLES = ("system", "user", "assistant")
 
 
@@ -52,6 +53,12 @@ def read_preferences(source: str, *, margin: str | None = None) -> list[Preferen
   if not pairs:
     raise UserError(f"{source}: there is no row in it")
   return pairs
+
+
+def evenly(rows: Sequence[Row], most: int) -> Sequence[Row]:
+  """At most so many rows, from everywhere in a list that may be sorted by where they came from."""
+  count = min(most, len(rows))
+  return [rows[index * len(rows) // count] for index in range(count)]
 
 
 def read_rows(source: str) -> Iterator[dict[str, Any]]:

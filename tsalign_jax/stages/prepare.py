@@ -3,7 +3,7 @@
 import json
 
 from tsalign_jax.data.chat import Chat
-from tsalign_jax.data.files import read_prompts
+from tsalign_jax.data.files import evenly, read_prompts
 from tsalign_jax.data.tables import PROMPTS, write_table
 from tsalign_jax.stages.base import Counts, Job
 from tsalign_jax.teachers.build import build_teacher
@@ -19,7 +19,7 @@ def prepare(job: Job) -> Counts:
     source = getattr(job.config.prompts, split)
     prompts = read_prompts(source)
     if split == "heldout":
-      prompts = prompts[: job.config.prompts.heldout_limit]
+      prompts = evenly(prompts, job.config.prompts.heldout_limit or len(prompts))
     teacher.validate_prompts(prompts, source)
     rows = [_row(prompt, chat, job.config.prompts.max_tokens) for prompt in prompts]
     usable = [row for row in rows if row["dropped"] is None]

@@ -1,0 +1,195 @@
+"""TS-Align with human preferences, and what is left of it without one of its parts: `python -m benchmarks.human`.
+
+Trains a teacher and a student on human preferences, and a third reward model on other ones, the gold model, which only
+evaluates. Then it runs `configs/hh_human.yaml` as it is and in three ablations, and prints both tables in markdown.
+Everything lies in run folders, so the same command goes on where it was stopped.
+"""
+
+import argparse
+import gzip
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.terminal import command, note, print_machine
+from benchmarks.workers import WorkerError
+from tsalign_jax.demo_prompts import write_jsonl
+from tsalign_jax.types import UserError
+
+CONFIGS = Path("configs")
+TEACHER, STUDENT, GOLD = Path("runs/hh_reward"), Path("runs/hh_reward_minilm"), Path("runs/gold_reward")
+MEASURING = ("answer", "evaluate")  # stages that label nothing and train nothing
+LABELLING = ("score", "mine", "judge", "pair")
+HELD_OUT = 5  # one in so many of the gold model's human votes
+# Models of AlpacaEval, better and worse, of which the better one does not simply say more.
+TIERS = (
+  ("text_davinci_003", "alpaca-7b"),
+  ("text_davinci_003", "text_davinci_001"),
+  ("gpt-3.5-turbo-0301", "vicuna-7b"),
+)
+
+
+class Variant(NamedTuple):
+  """A run of the recipe, and whether it is the student's or the teacher's place that is taken by the other."""
+
+  name: str
+  run: Path
+  overrides: tuple[str, ...] = ()
+  teacher_scores: bool = False
+  student_judges: bool = False
+
+
+def variants() -> list[Variant]:
+  """TS-Align first, then the ablations."""
+  teacher = f"{{kind: reward_model, path: {TEACHER / 'model'}}}"
+  return [
+    Variant("TS-Align", Path("runs/hh_human")),
+    Variant("random pairs", Path("runs/hh_human_random"), ("mining.strategy=random",)),
+    Variant(
+      "student only",
+      Path("runs/hh_human_student"),
+      (
+        f"teacher.path={STUDENT / 'model'}",
+        "teacher.dtype=float32",
+        f"evaluation.judges.teacher={teacher}",
+        "distil=null",
+      ),
+      student_judges=True,
+    ),
+    Variant(
+      "teacher only",
+      Path("runs/hh_human_teacher"),
+      (f"student.path={TEACHER / 'model'}", "student.dtype=bfloat16", "distil=null"),
+      teacher_scores=True,
+    ),
+  ]
+
+
+def main() -> Mapping[str, float]:
+  """TS-Align's win rates after the last round, after the tables."""
+  out = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  out.add_argument("--data", type=Path, default=Path("data"), help="folder with hh_rlhf, tulu_human and alpaca_eval")
+  out.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run of the recipe, such as rounds=1")
+  options = out.parse_args()
+  train, heldout = _gold_preferences(options.data)
+  _tsalign("train-reward", CONFIGS / "hh_reward.yaml", f"run={TEACHER}")
+  _tsalign("train-reward", CONFIGS / "hh_reward_minilm.yaml", f"run={STUDENT}")
+  gold = (f"run={GOLD}", f"pairs.train=[{train}]", f"pairs.heldout={heldout}")
+  _tsalign("train-reward", CONFIGS / "hh_reward.yaml", *gold)
+  gold_judge = f"evaluation.judges.gold={{kind: reward_model, path: {GOLD / 'model'}}}"
+  for variant in variants():
+    shared = (f"run={variant.run}", gold_judge, *options.overrides)
+    _tsalign("run", CONFIGS / "hh_human.yaml", *variant.overrides, *shared)
+  print(reward_table({"teacher": TEACHER, "student": STUDENT, "gold": GOLD}))
+  print(variant_table(variants()))
+  print_machine()
+  metrics = _metrics(variants()[0].run)
+  return {"by_teacher": metrics["win_rate"], "by_gold": metrics["judges"]["gold"]["win_rate"]}
+
+
+def reward_table(runs: Mapping[str, Path]) -> str:
+  """Held-out accuracy of each reward model in markdown."""
+  lines = ["| | pairs learned from | held-out pairs | right (95% interval) | longer wins |", "|---|---|---|---|---|"]
+  for name, run in runs.items():
+    of = _metrics(run)
+    right, longer = (_with_interval(of[key], of[f"{key}_ci"]) for key in ("accuracy", "longer_wins"))
+    lines.append(f"| {name} | {of['train_pairs']:,} | {of['heldout_pairs']:,} | {right} | {longer} |")
+  return "\n".join(lines)
+
+
+def variant_table(chosen: list[Variant]) -> str:
+  """Every round of every variant in markdown."""
+  headings = ("pairs by", "round", "win rate by teacher (95% interval)", "by gold", "tokens, base → aligned")
+  headings += ("responses the teacher read", "time to label", "time in all")
+  lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+  for variant in chosen:
+    stages = json.loads((variant.run / "manifest.json").read_text())["stages"]
+    rounds = sorted({name.split("/")[0] for name in stages} - {"round_00"})
+    for folder in rounds:
+      lines.append(
+        _row(variant, folder, {name.split("/")[1]: stages[name] for name in stages if name.startswith(folder)})
+      )
+  return "\n".join(lines)
+
+
+def _row(variant: Variant, folder: str, stages: Mapping[str, Any]) -> str:
+  metrics = _metrics(variant.run / folder)
+  teacher = metrics["judges"]["teacher"] if variant.student_judges else metrics
+  gold = metrics["judges"]["gold"]
+  scored = stages["score"]["counts"]["scored"] if variant.teacher_scores else 0
+  judged = 0 if variant.student_judges else 2 * sum(stages["judge"]["counts"]["verdicts"].values())
+  cells = [
+    variant.name,
+    str(int(folder.removeprefix("round_"))),
+    _with_interval(teacher["win_rate"], teacher["win_rate_ci"]),
+    _with_interval(gold["win_rate"], gold["win_rate_ci"]),
+    f"{metrics['mean_length_base']:.0f} → {metrics['mean_length_policy']:.0f}",
+    f"{scored + judged:,}",
+    _duration(sum(stages[name]["seconds"] for name in LABELLING)),
+    _duration(sum(entry["seconds"] for name, entry in stages.items() if name not in MEASURING)),
+  ]
+  return f"| {' | '.join(cells)} |"
+
+
+def _gold_preferences(data: Path) -> tuple[Path, Path]:
+  """Files of preferences that neither teacher nor student learned from: human votes, and answers of unequal models.
+
+  One in `HELD_OUT` of the votes is held out.
+  """
+  votes = list(_votes(data / "tulu_human" / "preferences.jsonl"))
+  tiers = list(_tiers(data / "alpaca_eval" / "answers_by_model.jsonl.gz"))
+  train = [row for index, row in enumerate(votes) if index % HELD_OUT] + tiers
+  folder = GOLD.with_name("gold_preferences")
+  return write_jsonl(train, folder / "train.jsonl"), write_jsonl(votes[::HELD_OUT], folder / "heldout.jsonl")
+
+
+def _votes(file: Path) -> Iterator[dict[str, Any]]:
+  for row in _lines(file):
+    prompt = row["prompt"]
+    if isinstance(prompt[0]["content"], list):  # a conversation inside of a message
+      prompt = prompt[0]["content"]
+    yield {"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"]}
+
+
+def _tiers(file: Path) -> Iterator[dict[str, Any]]:
+  for index, row in enumerate(_lines(file)):
+    better, worse = (row["answers"][name] for name in TIERS[index % len(TIERS)])
+    yield {"prompt": row["prompt"], "chosen": _said(better), "rejected": _said(worse)}
+
+
+def _said(text: str) -> list[dict[str, str]]:
+  return [{"role": "assistant", "content": text}]
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+  if not file.is_file():
+    raise UserError(f"{file}: there is no such file; --data names the folder that it is looked for in")
+  with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+    yield from map(json.loads, lines)
+
+
+def _tsalign(what: str, config: Path, *overrides: str) -> None:
+  """One command in a process of its own, as a user would give it."""
+  note(f"tsalign {what} {config} {' '.join(overrides)}")
+  done = subprocess.run([sys.executable, "-m", "tsalign_jax.cli", what, str(config), *overrides], check=False)
+  if done.returncode:
+    raise WorkerError(f"tsalign {what} {config} ended with exit code {done.returncode}")
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+  return json.loads((folder / "metrics.json").read_text())
+
+
+def _with_interval(share: float, bounds: tuple[float, float]) -> str:
+  return f"{share:.1%} ({bounds[0]:.1%} to {bounds[1]:.1%})"
+
+
+def _duration(seconds: float) -> str:
+  return f"{seconds / 60:.1f} min"
+
+
+if __name__ == "__main__":
+  command(main)
