@@ -158,7 +158,7 @@ def test_pairs_laid_out_together_have_the_scores_that_each_has_alone(family, tmp
     engine.encode(prompt, [responses[0], " ".join(tiny.WORDS[n : 2 * n + 1])])
     for n, (prompt, responses) in enumerate(6 * ASKED)
   ]
-  alone = [np.asarray(engine.program(params, engine.collate([item])))[0] for item in items]
+  alone = [np.asarray(engine.program(params, engine.collate([item], engine.steps)))[0] for item in items]
   chosen, found = [*range(0, 18, 2), 5], {}
   shapes = set()
   for batch, place in engine.lay_out(items, len(chosen), 512).batches(chosen):

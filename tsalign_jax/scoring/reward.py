@@ -24,6 +24,8 @@ from tsalign_jax.parallel.mesh import batch_ways, put_batch
 from tsalign_jax.types import Branches, Conversation, Packed, UserError
 
 FEW = 2  # responses to a prompt that go into packed rows, where the model is a decoder
+FEW_BATCHES = 16  # come together where a program for each width would cost more than it spares
+COARSE = 4  # steps of widths for these
 
 
 class Rows(NamedTuple):
@@ -64,6 +66,8 @@ class Batches(Protocol):
 class RewardEngine(abc.ABC):
   """How one kind of reward model reads text, makes batches and scores them."""
 
+  steps = 8  # of widths, where there is work enough to compile a program for each
+
   def __init__(self, model: ModelHandle, mesh: Mesh, settings: RewardModel):
     self.model, self.mesh = model, mesh
     self.batch_tokens = settings.batch_tokens
@@ -80,11 +84,14 @@ class RewardEngine(abc.ABC):
     """Tokens of a prompt with its responses, cut to the limit."""
 
   @abc.abstractmethod
-  def collate(self, items: Sequence[Encoded]) -> Any:
-    """A host batch of prompts with the same number of responses, in the narrowest shape that holds them."""
+  def collate(self, items: Sequence[Encoded], steps: int) -> Any:
+    """A host batch of prompts with the same number of responses, in the narrowest shape that holds them.
+
+    Its widths come in so many steps: see `bucket`.
+    """
 
   @abc.abstractmethod
-  def tokens(self, item: Encoded) -> int:
+  def tokens(self, item: Encoded, steps: int) -> int:
     """Tokens that an item takes in a batch of its own, padding included."""
 
   @abc.abstractmethod
@@ -93,7 +100,8 @@ class RewardEngine(abc.ABC):
 
   def lay_out(self, items: Sequence[Encoded], at_once: int, tokens: int) -> Batches:
     """Batches of at most `tokens` tokens for items with the same number of responses; `at_once` come together."""
-    return Alike(self, items, at_once, tokens)
+    batches = at_once * sum(self.tokens(item, self.steps) for item in items) / len(items) / tokens
+    return Alike(self, items, at_once, tokens, self.steps if batches > FEW_BATCHES else COARSE)
 
   def score(self, params: Params, items: Sequence[Encoded]) -> Iterator[tuple[int, list[float]]]:
     """(index of the item, its scores), in batches of like width, so that they hold little padding."""
@@ -136,17 +144,21 @@ class Alike(NamedTuple):
   items: Sequence[Encoded]
   at_once: int
   tokens: int
+  steps: int
 
   def batches(self, indices: Sequence[int]) -> Iterator[tuple[Any, Int[np.ndarray, " batch"]]]:
     """Batches, and which item is in which row: -1 where there is none."""
-    left = sorted(indices, key=lambda index: (-self.engine.tokens(self.items[index]), index))
+    left = sorted(indices, key=lambda index: (-self._tokens(index), index))
     while left:
-      most = min(self.tokens // self.engine.tokens(self.items[left[0]]), self.at_once)
+      most = min(self.tokens // self._tokens(left[0]), self.at_once)
       size = part_size(len(left), most, batch_ways(self.engine.mesh))
       part, left = left[:size], left[size:]
       empty = size - len(part)
-      batch = self.engine.collate([self.items[index] for index in part + part[:1] * empty])
+      batch = self.engine.collate([self.items[index] for index in part + part[:1] * empty], self.steps)
       yield batch, np.asarray(part + [-1] * empty)
+
+  def _tokens(self, index: int) -> int:
+    return self.engine.tokens(self.items[index], self.steps)
 
 
 class DecoderEngine(RewardEngine):
@@ -173,14 +185,14 @@ class DecoderEngine(RewardEngine):
     cut = [len(kept) < len(trunk) or len(a) < len(b) for a, b in zip(shortened, branches, strict=True)]
     return Encoded(kept, shortened, [], cut)
 
-  def tokens(self, item: Encoded) -> int:
+  def tokens(self, item: Encoded, steps: int) -> int:
     """The trunk and all branches."""
-    return bucket(len(item.prompt)) + len(item.responses) * bucket(max(map(len, item.responses)))
+    return bucket(len(item.prompt), steps) + len(item.responses) * bucket(max(map(len, item.responses)), steps)
 
-  def collate(self, items: Sequence[Encoded]) -> Branches:
+  def collate(self, items: Sequence[Encoded], steps: int) -> Branches:
     """Trunks and branches, each with a width of their own."""
-    prompt = bucket(max(len(item.prompt) for item in items))
-    response = bucket(max(len(branch) for item in items for branch in item.responses))
+    prompt = bucket(max(len(item.prompt) for item in items), steps)
+    response = bucket(max(len(branch) for item in items for branch in item.responses), steps)
     return make_branches([item.prompt for item in items], [item.responses for item in items], prompt, response)
 
   def rewards(self, module, batch: Branches | Packed) -> Float[Array, "*places k"]:
@@ -201,6 +213,8 @@ class DecoderEngine(RewardEngine):
 
 class EncoderEngine(RewardEngine):
   """Each prompt plus response is a row of its own, as a pair of texts."""
+
+  steps = 16
 
   def __init__(self, model: ModelHandle, mesh: Mesh, settings: RewardModel):
     super().__init__(model, mesh, settings)
@@ -228,13 +242,13 @@ class EncoderEngine(RewardEngine):
     spans = self.tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return (response, False) if len(spans) <= room else (response[: spans[room - 1][1]], True)
 
-  def tokens(self, item: Encoded) -> int:
+  def tokens(self, item: Encoded, steps: int) -> int:
     """A row for each response."""
-    return len(item.responses) * self._width([item])
+    return len(item.responses) * self._width([item], steps)
 
-  def collate(self, items: Sequence[Encoded]) -> Rows:
+  def collate(self, items: Sequence[Encoded], steps: int) -> Rows:
     """Rows of one width."""
-    length = self._width(items)
+    length = self._width(items, steps)
     shape = (len(items), len(items[0].responses))
     rows = [row for item in items for row in item.responses]
     types = [row for item in items for row in item.types]
@@ -245,8 +259,8 @@ class EncoderEngine(RewardEngine):
       lengths.reshape(shape),
     )
 
-  def _width(self, items: Sequence[Encoded]) -> int:
-    return min(bucket(max(item.width for item in items), steps=16), self.limit)
+  def _width(self, items: Sequence[Encoded], steps: int) -> int:
+    return min(bucket(max(item.width for item in items), steps), self.limit)
 
   def rewards(self, module, batch: Rows) -> Float[Array, "batch k"]:
     """The reward of each row."""
