@@ -6,7 +6,7 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +88,20 @@ def write_metrics(run: Path, manifest: Manifest, folder: str) -> None:
     "flip_rate": entries["pair"]["counts"]["flip_rate"],
     "pairs_per_second": {
       "student": entries["score"]["counts"]["pairs_per_second"],
-      "teacher": entries["judge"]["counts"]["pairs_per_second"],
+      "teacher": _judging_rate(entries["sample"]["counts"], entries["judge"]["counts"]),
     },
     "dropped": {reason: count for reason, count in dropped.items() if count},
     "seconds": {name: round(entry["seconds"], 1) for name, entry in entries.items()},
   }
   write_json(run / folder / "metrics.json", metrics)
   write_json(run / "metrics.json", metrics)
+
+
+def _judging_rate(*counts: Mapping[str, Any]) -> float | None:
+  """Pairs that the teacher judged in a second, in the stages in which it did; None where it had judged all before."""
+  work = [each["judging"] for each in counts if "judging" in each]
+  pairs, seconds = (sum(each[name] for each in work) for name in ("pairs", "seconds"))
+  return pairs / seconds if pairs and seconds else None
 
 
 def _execute(step: Step, config: Config | RewardConfig, mesh, manifest: Manifest, progress: Progress) -> None:

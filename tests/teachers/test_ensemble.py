@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from tsalign_jax.teachers.base import Teacher
+from tsalign_jax.teachers.base import Teacher, Work
 from tsalign_jax.teachers.ensemble import Ensemble, majority, mean
 from tsalign_jax.types import CandidatePair, Judgement, Prompt, UserError, Verdict
 
@@ -114,3 +114,23 @@ def test_identity_depends_on_members_and_vote():
 def test_the_same_member_twice_is_refused():
   with pytest.raises(UserError, match=r"teacher.members: one is there twice"):
     Ensemble([Fixed("one", None), Fixed("one", None)], "mean", "teacher")
+
+
+def test_only_members_behind_a_network_begin_ahead_and_the_slowest_sets_the_pace():
+  class Remote(Fixed):
+    def __init__(self, identity, work):
+      super().__init__(identity, Judgement(F))
+      self.work = work
+
+    def ahead(self, pairs):
+      return [self.submit(pairs)]
+
+    def worked(self):
+      return self.work
+
+  local, quick, slow = Fixed("local", Judgement(S)), Remote("quick", Work(9, 1.0)), Remote("slow", Work(9, 3.0))
+  with Ensemble([local, quick, slow], "majority", "teacher") as ensemble:
+    assert [future.result() for future in ensemble.ahead([PAIR])] == [[quick.judgement], [slow.judgement]]
+    assert ensemble.worked() == slow.work
+  with Ensemble([local, Fixed("other", Judgement(F))], "majority", "teacher") as ensemble:
+    assert ensemble.ahead([PAIR]) == [] and ensemble.worked() is None

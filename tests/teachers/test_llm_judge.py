@@ -1,6 +1,8 @@
 """The llm_judge teacher against a server that fails on command: verdicts, retries, stops, money, and the key."""
 
 import asyncio
+import dataclasses
+import itertools
 import math
 import re
 import time
@@ -168,6 +170,20 @@ def test_nothing_is_paid_twice_within_a_batch_between_batches_or_between_runs(se
   assert len(server.log) == 4 and not (tmp_path / "one" / "verdicts.sqlite").exists()
   assert len(rows(tmp_path / "one" / "ledger.sqlite", "SELECT * FROM attempts")) == 4
   assert rows(tmp_path / "two" / "ledger.sqlite", "SELECT * FROM attempts") == []
+
+
+def test_only_the_time_of_requests_counts_as_work(server, tmp_path):
+  times = itertools.count()
+  server.delay = 0.05
+  with judge(server, tmp_path) as teacher:
+    teacher._asker._clock = dataclasses.replace(teacher._asker._clock, now=lambda: float(next(times)))
+    assert teacher.worked() == (0, 0)
+    [future] = teacher.ahead([pair(1, 2), pair(1, 1)])
+    assert future.result()[0].verdict == Verdict.SECOND
+    once = teacher.worked()
+    assert once.pairs == 1 and once.seconds > 0
+    teacher.judge([pair(1, 2)])  # stored
+    assert teacher.worked() == once
 
 
 def test_another_teacher_template_or_sampling_asks_anew(server, tmp_path):

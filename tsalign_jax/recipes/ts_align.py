@@ -6,7 +6,7 @@ A recipe is the list of its stages: what each reads and writes. Nothing happens 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tsalign_jax.config import Config, Sampling, SomeTeacher
+from tsalign_jax.config import ChatTeacher, Config, EnsembleTeacher, Sampling, SomeTeacher
 from tsalign_jax.recipes.step import Step, files_of
 from tsalign_jax.stages.align import align
 from tsalign_jax.stages.distil import distil
@@ -54,8 +54,9 @@ def _warm_start(config: Config, prompts: Path) -> Iterator[Step]:
     return
   sampling = _with_responses(config.sampling, warm.responses)
   chosen = {"reserved": 0, "start": 0, "count": warm.prompts}
-  yield _sample(config, "round_00", prompts, config.policy.path, {"sampling": sampling, **chosen})
-  yield from _label(config, "round_00", prompts, None, {"strategy": "random", "pairs": warm.pairs})
+  mining = {"strategy": "random", "pairs": warm.pairs}
+  yield _sample(config, "round_00", prompts, config.policy.path, None, mining, {"sampling": sampling, **chosen})
+  yield from _label(config, "round_00", prompts, None, mining)
   settings = config.distil.model_copy(update={"epochs": warm.epochs, "replay_share": 0.0})
   yield _distil(config, "round_00", config.student.path, {}, settings)
 
@@ -69,11 +70,11 @@ def _round(config: Config, number: int, train: Path, heldout: Path, policy: Path
     "start": (number - 1) * (per_round or 0),
     "count": per_round,
   }
-  yield _sample(config, name, train, policy, {"sampling": config.sampling, **chosen})
+  mining = {"strategy": config.mining.strategy, "pairs": 1}
+  yield _sample(config, name, train, policy, student, mining, {"sampling": config.sampling, **chosen})
   reads = {"prompts": train, "responses": folder / "responses.parquet", "student": student}
   yield Step(f"{name}/score", score, reads, {"scores": "scores.parquet"})
-  options = {"strategy": config.mining.strategy, "pairs": 1}
-  yield from _label(config, name, train, folder / "scores.parquet", options)
+  yield from _label(config, name, train, folder / "scores.parquet", mining)
   reference = policy if config.align.reference == "previous" else config.policy.path
   reads = {"pairs": folder / "pairs.parquet", "policy": policy, "reference": reference}
   yield Step(f"{name}/align", align, reads, {"policy": "policy", "log": "align.jsonl"})
@@ -98,8 +99,13 @@ def _round(config: Config, number: int, train: Path, heldout: Path, policy: Path
   yield Step(f"{name}/evaluate", evaluate, reads, {"comparisons": "comparisons.parquet"})
 
 
-def _sample(config: Config, name: str, prompts: Path, policy: Path, options) -> Step:
+def _sample(config: Config, name: str, prompts: Path, policy: Path, student: Path | None, mining, options) -> Step:
+  """Responses to a round's prompts; a teacher behind a network is asked about those that are complete meanwhile."""
   reads = {"prompts": prompts, "policy": policy}
+  if _waits(config.teacher):
+    options = options | {"mining": mining}
+    if mining["strategy"] == "best_worst":
+      reads["student"] = student
   return Step(f"{name}/sample", sample, reads, {"responses": "responses.parquet"}, options)
 
 
@@ -142,6 +148,12 @@ def _distil(config: Config, name: str, student: Path, replay: Mapping[str, Path]
 def _files(teachers: Mapping[str, SomeTeacher]) -> dict[str, Path]:
   """Files and models' folders that the verdicts of these teachers depend on."""
   return files_of({f"{name}_{n}": file for name, each in teachers.items() for n, file in enumerate(each.sources())})
+
+
+def _waits(teacher: SomeTeacher) -> bool:
+  """Whether a teacher, or a member of it, waits for a network."""
+  members = teacher.members if isinstance(teacher, EnsembleTeacher) else (teacher,)
+  return any(isinstance(member, ChatTeacher) for member in members)
 
 
 def _student_after(config: Config, folder: Path, student: Path) -> Path:

@@ -46,7 +46,12 @@ class Job:
   @property
   def seed(self) -> int:
     """A seed of this stage's own, from the configuration's seed and the stage's name."""
-    return derived_seed(self.config.seed, self.name)
+    return self.seed_of(self.name.rpartition("/")[2])
+
+  def seed_of(self, stage: str) -> int:
+    """The seed of a stage in the same folder, by its name there."""
+    folder, slash, _ = self.name.rpartition("/")
+    return derived_seed(self.config.seed, f"{folder}{slash}{stage}")
 
   @property
   def key(self) -> jax.Array:
@@ -72,20 +77,20 @@ class Pace:
   """How fast a part of a stage is, in the process that ends it: compilation counts, what was done before does not."""
 
   def __init__(self, clock: Callable[[], float] = time.monotonic):
-    self._clock, self._done, self._seconds = clock, 0.0, 0.0
+    self._clock, self.done, self.seconds = clock, 0.0, 0.0
 
   @contextlib.contextmanager
   def of(self, amount: float) -> Iterator[None]:
     """Times the work in this context, which is so much."""
     started = self._clock()
     yield
-    self._seconds += self._clock() - started
-    self._done += amount
+    self.seconds += self._clock() - started
+    self.done += amount
 
   @property
   def per_second(self) -> float | None:
     """The amount done in a second; None if nothing was."""
-    return self._done / self._seconds if self._done and self._seconds else None
+    return self.done / self.seconds if self.done and self.seconds else None
 
 
 Counts = dict[str, Any]  # what a stage reports: numbers for the manifest and the metrics

@@ -5,6 +5,7 @@ from collections import Counter
 
 from tsalign_jax.data.tables import VERDICTS, Rows, read_table, to_prompt, write_table
 from tsalign_jax.stages.base import Counts, Job, Pace, gathered, shards
+from tsalign_jax.teachers.base import Work
 from tsalign_jax.teachers.build import build_teacher
 from tsalign_jax.teachers.statistics import Judged, statistics
 from tsalign_jax.types import CandidatePair, Verdict
@@ -26,12 +27,13 @@ def judge(job: Job) -> Counts:
         judged = teacher.judge(pairs)
       write_table(file, _rows(groups[index], judged), VERDICTS)
       advance(len(pairs), teacher.note())
+    work = teacher.worked() or Work(pace.done, pace.seconds)
   table = gathered(job)
   write_table(job.writes["verdicts"], table, VERDICTS)
   judged = [Judged(*_texts(texts, row), Verdict(row["verdict"]), json.loads(row["evidence"])) for row in table]
   verdicts = dict(sorted(Counter(row["verdict"] for row in table).items()))
   shares = statistics(judged).shares()
-  return {"teacher": teacher.identity, "verdicts": verdicts, "pairs_per_second": pace.per_second, **shares}
+  return {"teacher": teacher.identity, "verdicts": verdicts, "judging": work._asdict(), **shares}
 
 
 def _texts(texts: dict[tuple[int, int], str], row: dict) -> tuple[str, str]:

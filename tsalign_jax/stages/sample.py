@@ -5,6 +5,7 @@ from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.tables import RESPONSES, Rows, read_table, write_table
 from tsalign_jax.sampling.engine import Sampled, build_sampler
 from tsalign_jax.seeding import derived_seed
+from tsalign_jax.stages.ahead import judging_ahead
 from tsalign_jax.stages.base import Counts, Job, gathered, new_shards
 from tsalign_jax.types import Rollout, UserError
 
@@ -13,7 +14,7 @@ def sample(job: Job) -> Counts:
   """Writes `responses`. Prompts are saved as they are completed, so a restart samples only what is missing.
 
   Options: `sampling`, and `start` and `count` for a slice of the prompts in the run's shuffled order (all of them
-  in file order without).
+  in file order without). With `mining`, the options of the stage `mine`, a teacher behind a network judges ahead.
   """
   sampling: Sampling = job.options["sampling"]
   prompts = {row["prompt_id"]: row for row in select(job)}
@@ -22,18 +23,22 @@ def sample(job: Job) -> Counts:
   done = {row["prompt_id"] for row in gathered(job)}
   params = job.load(model, job.reads["policy"]) if len(done) < len(prompts) else {}
   tokens = [(i, row["tokens"]) for i, row in prompts.items()]
-  with job.progress(len(prompts) * sampling.responses, "responses") as advance:
+  with job.progress(len(prompts) * sampling.responses, "responses") as advance, judging_ahead(job) as ahead:
     advance(len(done) * sampling.responses, "")
     for file, harvest in zip(new_shards(job), sampler.run(params, tokens, job.key, done), strict=False):
-      write_table(file, _rows(harvest, chat), RESPONSES)
-      advance(len(harvest) * sampling.responses, "")
+      write_table(file, rows := _rows(harvest, chat), RESPONSES)
+      if ahead:
+        ahead.tell(rows)
+      advance(len(harvest) * sampling.responses, ahead.note() if ahead else "")
+    judging = ahead.worked() if ahead else None
   rows = sorted(gathered(job), key=lambda row: (row["prompt_id"], row["response_id"]))
   expected = sorted((i, k) for i in prompts for k in range(sampling.responses))
   if [(row["prompt_id"], row["response_id"]) for row in rows] != expected:
     raise UserError(f"{job.partial}: its shards are not those of this stage's prompts; delete the folder")
   write_table(job.writes["responses"], rows, RESPONSES)
   sampled = sum(len(row["tokens"]) for row in rows)
-  return {"prompts": len(prompts), "responses": len(rows), "tokens": sampled}
+  counts = {"prompts": len(prompts), "responses": len(rows), "tokens": sampled}
+  return counts | ({"judging": judging._asdict()} if judging else {})
 
 
 def select(job: Job) -> Rows:

@@ -66,7 +66,8 @@ class Asker:
     self._slots = asyncio.Semaphore(self._endpoint.concurrency)
     self._pending: dict[str, asyncio.Task] = {}  # a question that is asked twice at the same time is asked once
     self._sending: set[asyncio.Task] = set()
-    self._asked = self._failed = 0
+    self._asked = self._failed = self._answered = 0
+    self._busy = self._since = 0.0  # seconds with requests under way; when the first of those that are went out
     self._stopped: UserError | None = None
     self._loop = asyncio.new_event_loop()
     self._thread = threading.Thread(target=self._loop.run_forever, name=self._identity, daemon=True)
@@ -92,6 +93,10 @@ class Asker:
     except UserError:
       await self._drain(self._sending)
       raise
+
+  def worked(self) -> tuple[int, float]:
+    """Questions answered by the server since this was opened, and the seconds in which requests were under way."""
+    return self._answered, self._busy + (self._clock.now() - self._since if self._sending else 0.0)
 
   def note(self) -> str:
     """Tokens and cost of this run so far, in a few words."""
@@ -152,6 +157,7 @@ class Asker:
     price, answer = self._price(reply, worst), question.read(reply)
     if isinstance(answer, Answer):
       answer = self._store.put(key, self._identity, answer, price, reply.model, self._clock.now())
+      self._answered += 1
     self._ledger.settle(number, Outcome.ANSWERED if isinstance(answer, Answer) else Outcome.MALFORMED, price)
     if self._endpoint.budget is not None and price.cost > worst:
       self._stop(
@@ -171,11 +177,15 @@ class Asker:
 
   async def _send(self, question: Question) -> Reply | Trouble:
     task = asyncio.current_task()
+    if not self._sending:
+      self._since = self._clock.now()
     self._sending.add(task)
     try:
       return await self._client.send(request_body(self._settings, question))
     finally:
       self._sending.discard(task)
+      if not self._sending:
+        self._busy += self._clock.now() - self._since
 
   def _price(self, reply: Reply, worst: float) -> Price:
     if reply.input_tokens is None or reply.output_tokens is None:

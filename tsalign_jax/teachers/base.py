@@ -2,9 +2,16 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from tsalign_jax.types import CandidatePair, Judgement, Prompt
+
+
+class Work(NamedTuple):
+  """What a teacher behind a network has judged since it was opened, and for how long it was asked anything."""
+
+  pairs: float
+  seconds: float
 
 
 class Teacher(Protocol):
@@ -29,6 +36,17 @@ class Teacher(Protocol):
     future: Future[list[Judgement]] = Future()
     future.set_result(self.judge(pairs))
     return future
+
+  def ahead(self, pairs: Sequence[CandidatePair]) -> list[Future]:
+    """Begins with pairs that it will be asked to judge later, if that spares waiting for a network then.
+
+    The futures end when this has been done, and raise UserError where judging has to stop.
+    """
+    return []
+
+  def worked(self) -> Work | None:
+    """What it has judged; None of a teacher without a network, whose speed shows from outside."""
+    return None
 
   def scores(self, asked: Sequence[tuple[Prompt, Sequence[str]]]) -> list[list[float]] | None:
     """The score of each response to each prompt, the higher the better; None from a teacher that only compares."""

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from tsalign_jax.config import ChatTeacher as Settings
 from tsalign_jax.teachers.asking import Asker, Failure, Question
-from tsalign_jax.teachers.base import Teacher
+from tsalign_jax.teachers.base import Teacher, Work
 from tsalign_jax.teachers.chat import Clock
 from tsalign_jax.teachers.store import Answer
 from tsalign_jax.types import CandidatePair, Judgement, Prompt, Verdict
@@ -55,6 +55,15 @@ class ChatTeacher(Teacher):
   def submit(self, pairs: Sequence[CandidatePair]) -> Future[list[Judgement]]:
     """The judgements, in the future: requests go out at once."""
     return self._asker.run(self._judge(pairs))
+
+  def ahead(self, pairs: Sequence[CandidatePair]) -> list[Future]:
+    """Asks at once; the answers are in the store when `judge` is called with the same pairs."""
+    return [self.submit(pairs)]
+
+  def worked(self) -> Work:
+    """Pairs that were answered, not counting what was stored before, and how long requests were under way."""
+    answered, seconds = self._asker.worked()
+    return Work(answered / (2 if self._both_orders else 1), seconds)
 
   def note(self) -> str:
     """Tokens and cost of this run so far."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, Self
 
-from tsalign_jax.teachers.base import Teacher
+from tsalign_jax.teachers.base import Teacher, Work
 from tsalign_jax.types import CandidatePair, Judgement, Prompt, UserError, Verdict
 
 POINTS = {Verdict.FIRST: 1.0, Verdict.TIE: 0.5, Verdict.SECOND: 0.0, Verdict.INCONSISTENT: 0.5}
@@ -45,6 +45,15 @@ class Ensemble(Teacher):
     """The judgements, in the future."""
     asked = [member.submit(pairs) for member in self._members]
     return self._waiting.submit(lambda: self._votes([future.result() for future in asked]))
+
+  def ahead(self, pairs: Sequence[CandidatePair]) -> list[Future]:
+    """Begins with members behind a network."""
+    return [future for member in self._members for future in member.ahead(pairs)]
+
+  def worked(self) -> Work | None:
+    """The work of the member that took longest, of those behind a network."""
+    known = [work for member in self._members if (work := member.worked())]
+    return max(known, key=lambda work: work.seconds, default=None)
 
   def note(self) -> str:
     """What the members have to note."""
