@@ -53,7 +53,6 @@ def variants() -> list[Variant]:
       Path("runs/hh_human_student"),
       (
         f"teacher.path={STUDENT / 'model'}",
-        "teacher.dtype=float32",
         f"evaluation.judges.teacher={teacher}",
         "distil=null",
       ),
@@ -62,7 +61,7 @@ def variants() -> list[Variant]:
     Variant(
       "teacher only",
       Path("runs/hh_human_teacher"),
-      (f"student.path={TEACHER / 'model'}", "student.dtype=bfloat16", "distil=null"),
+      (f"student.path={TEACHER / 'model'}", "distil=null"),
       teacher_scores=True,
     ),
   ]
