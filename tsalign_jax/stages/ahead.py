@@ -6,10 +6,10 @@ far this came, and nothing is paid for twice.
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 
-from tsalign_jax.data.tables import Rows, by_prompt, read_table, to_prompt
+from tsalign_jax.data.tables import Rows, by_prompt, to_prompt
 from tsalign_jax.models.functional import Params
 from tsalign_jax.scoring.reward import RewardEngine, build_reward_engine
 from tsalign_jax.stages.base import Job
@@ -25,9 +25,8 @@ ENOUGH = 64  # prompts that are scored together: batches of fewer would be of sh
 class Ahead:
   """Has a teacher asked about the pairs that `mine` will make of the responses that it is told of."""
 
-  def __init__(self, job: Job, teacher: Teacher):
-    self._job, self._teacher = job, teacher
-    self._prompts = {row["prompt_id"]: to_prompt(row) for row in read_table(job.reads["prompts"])}
+  def __init__(self, job: Job, prompts: Mapping[int, dict], teacher: Teacher):
+    self._job, self._prompts, self._teacher = job, prompts, teacher
     self._waiting: dict[int, Rows] = {}
     self._asked: list[Future] = []
 
@@ -61,11 +60,11 @@ class Ahead:
       texts = {row["response_id"]: row["text"] for row in rows}
       for row in candidates(*settings, i, rows, scores.get(i)):
         if row["dropped"] is None:
-          pairs.append(CandidatePair(self._prompts[i], texts[row["first"]], texts[row["second"]]))
+          pairs.append(CandidatePair(to_prompt(self._prompts[i]), texts[row["first"]], texts[row["second"]]))
     self._asked += self._teacher.ahead(pairs)
 
   def _scores(self, responses: dict[int, Rows]) -> dict[int, Rows]:
-    prompts = {i: prompt.messages for i, prompt in self._prompts.items()}
+    prompts = {i: self._prompts[i]["prompt"] for i in responses}
     found = scored(*self._student, prompts, responses)
     return {rows[0]["prompt_id"]: rows for rows, _ in found}
 
@@ -77,13 +76,14 @@ class Ahead:
 
 
 @contextlib.contextmanager
-def judging_ahead(job: Job) -> Iterator[Ahead | None]:
-  """What to tell about complete prompts; None in a stage whose teacher has no network to wait for.
+def judging_ahead(job: Job, prompts: Mapping[int, dict]) -> Iterator[Ahead | None]:
+  """What to tell which of these prompts, rows of their table by id, are complete; None where there is nothing to spare.
 
-  Requests that are not under way by the end are left to `judge`.
+  That is so in a stage without candidates, and with a teacher that waits for no network. Requests that are not under
+  way by the end are left to `judge`.
   """
   if "mining" not in job.options:
     yield None
     return
   with build_teacher(job.config) as teacher:
-    yield Ahead(job, teacher)
+    yield Ahead(job, prompts, teacher)

@@ -23,7 +23,7 @@ def sample(job: Job) -> Counts:
   done = {row["prompt_id"] for row in gathered(job)}
   params = job.load(model, job.reads["policy"]) if len(done) < len(prompts) else {}
   tokens = [(i, row["tokens"]) for i, row in prompts.items()]
-  with job.progress(len(prompts) * sampling.responses, "responses") as advance, judging_ahead(job) as ahead:
+  with job.progress(len(prompts) * sampling.responses, "responses") as advance, judging_ahead(job, prompts) as ahead:
     advance(len(done) * sampling.responses, "")
     for file, harvest in zip(new_shards(job), sampler.run(params, tokens, job.key, done), strict=False):
       write_table(file, rows := _rows(harvest, chat), RESPONSES)
