@@ -1,10 +1,11 @@
 """Packed rows hold every item once, as it was."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsalign_jax.data.packing import MULTIPLE, Item, Packing, assign, pack, plan_layout
+from tsalign_jax.data.packing import MULTIPLE, Item, Packing, assign, pack, plan
 
 tokens = st.lists(st.integers(1, 90), min_size=0, max_size=60)
 items = st.lists(
@@ -17,7 +18,7 @@ items = st.lists(
 @settings(deadline=None)
 @given(items)
 def test_every_item_is_in_one_row_and_reads_back(items):
-  layout = plan_layout(items, len(items))
+  layout, _ = plan(items, len(items), 1 << 20, 1)
   rows = assign(items, range(len(items)), layout)
   assert sorted(index for row in rows for index in row) == list(range(len(items)))
   packed = pack([[items[index] for index in row] for row in rows], layout)
@@ -34,7 +35,7 @@ def test_every_item_is_in_one_row_and_reads_back(items):
 @settings(deadline=None)
 @given(items, st.integers(1, 3), st.integers(1, 4))
 def test_each_response_token_is_predicted_by_the_token_before_it(items, ways, rows):
-  packing = Packing(items, len(items), rows * plan_layout(items, len(items)).length, ways)
+  packing = Packing(items, len(items), rows * 512, ways)
   found, layout = [], packing.layout
   for packed, place in packing.batches(range(len(items))):
     assert packed.target.shape == (ways, layout.targets_of(len(place) // ways))
@@ -66,18 +67,48 @@ def test_batches_have_room_for_the_response_tokens_that_rows_usually_have():
   assert sum(item.targets for item in items) < targets < 0.85 * rows * packing.layout.targets
 
 
-def test_rows_of_real_lengths_have_little_padding():
+@pytest.mark.parametrize(("at_once", "tokens", "ways"), [(32, 2048, 1), (32, 4096, 1), (64, 8192, 1), (256, 16384, 8)])
+def test_steps_of_real_lengths_have_little_padding(at_once, tokens, ways):
+  """Conversations of very different lengths, in the batches that they are trained on."""
   random = np.random.default_rng(0)
   draw = lambda mean: [1] * (int(random.lognormal(mean, 0.8)) + 1)  # noqa: E731
-  items = [Item(draw(4.5), (draw(4), draw(4))) for _ in range(500)]
+  items = [Item(draw(4.5), (draw(4), draw(4))) for _ in range(1100)]
   items = [item for item in items if item.tokens <= 1024]
-  layout = plan_layout(items, len(items))
-  rows = assign(items, range(len(items)), layout)
-  padding = 1 - sum(item.tokens for item in items) / (len(rows) * layout.length)
-  assert padding < 0.08
+  packing, order = Packing(items, at_once, tokens, ways), random.permutation(len(items)).tolist()
+  computed = read = 0
+  shapes = set()
+  for start in range(0, len(order) - at_once + 1, at_once):
+    step = order[start : start + at_once]
+    batches = [packed.tokens for packed, _ in packing.batches(step)]
+    assert all(batch.size <= tokens and len(batch) % ways == 0 for batch in batches)
+    shapes |= {batch.shape for batch in batches}
+    computed, read = computed + sum(map(np.size, batches)), read + sum(items[index].tokens for index in step)
+  assert 1 - read / computed < 0.15 and len(shapes) <= 2
+
+
+def test_a_step_that_nearly_fills_a_batch_leaves_no_empty_one_behind():
+  """Of 15 rows a step, 14 at once would leave a batch of 7 with a single row in it."""
+  items = [Item([1] * 200, ([1] * 30, [1] * 20)) for _ in range(15)]  # one to a row of 256
+  packing = Packing(items, 15, 14 * MULTIPLE, 1)
+  assert packing.layout.length == MULTIPLE
+  assert sum(len(place) for _, place in packing.batches(range(15))) == 15
+
+
+def test_items_that_come_together_are_as_many_batches_as_their_rows_make():
+  """Response tokens that do not divide by the rows: 257 in two rows."""
+  prompts, responses = (36, 37, 38, 25, 16, 34), (41, 42, 53, 39, 39, 43)
+  items = [Item([1] * prompt, ([2] * targets,)) for prompt, targets in zip(prompts, responses, strict=True)]
+  assert [len(place) for _, place in Packing(items, 6, 1 << 20, 1).batches(range(6))] == [2]
+
+
+def test_rows_are_not_longer_than_a_batch_may_be():
+  items = [Item([1] * 40, ([1] * 30, [1] * 30)) for _ in range(64)]
+  assert plan(items, 5, 1 << 20, 1)[0].length == 2 * MULTIPLE  # five of them fit
+  for tokens, ways in ((MULTIPLE, 1), (4 * MULTIPLE, 4)):
+    assert plan(items, 5, tokens, ways)[0].length == MULTIPLE
 
 
 def test_rows_are_longer_than_the_longest_item_where_two_would_not_fit():
   alike = [Item([1] * 100, ([1] * 90, [1] * 80))] * 64
-  assert plan_layout(alike, 32).length > 2 * MULTIPLE  # 512 tokens would hold one of 270
-  assert plan_layout([Item([1] * 90, ([1] * 80, [1] * 80))] * 64, 32).length == MULTIPLE
+  assert plan(alike, 32, 1 << 20, 1)[0].length > 2 * MULTIPLE  # 512 tokens would hold one of 270
+  assert plan([Item([1] * 90, ([1] * 80, [1] * 80))] * 64, 32, 1 << 20, 1)[0].length == MULTIPLE

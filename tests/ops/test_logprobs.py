@@ -1,5 +1,7 @@
 """Log-probabilities in chunks, against the dense ones."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,14 +33,15 @@ def test_chunked_equals_dense_with_its_gradients(tokens, chunk, part, vocab, sof
   hidden, head, weights = (random.normal(size=shape).astype(np.float32) for shape in shapes)
   targets = random.integers(0, vocab, tokens)
 
-  def chunked(hidden, head):
-    return token_logprobs(hidden, head, targets, softcap=softcap, chunk=chunk, part=part)
+  @jax.jit
+  def both(hidden, head, weights):
+    chunked = partial(token_logprobs, targets=targets, softcap=softcap, chunk=chunk, part=part)
+    ours, pull = jax.vjp(chunked, hidden, head)
+    expected, pull_dense = jax.vjp(partial(dense, targets=targets, softcap=softcap), hidden, head)
+    return (ours, *pull(weights)), (expected, *pull_dense(weights))
 
-  ours, pull = jax.vjp(chunked, hidden, head)
-  expected, pull_dense = jax.vjp(lambda hidden, head: dense(hidden, head, targets, softcap), hidden, head)
-  np.testing.assert_allclose(ours, expected, atol=1e-5)
-  for gradient, other in zip(pull(weights), pull_dense(weights), strict=True):
-    np.testing.assert_allclose(gradient, other, atol=1e-5)
+  for found, expected in zip(*both(hidden, head, weights), strict=True):
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("pieces", [{"chunk": 128}, {"chunk": None, "part": 512}], ids=["chunks", "parts"])

@@ -1,5 +1,7 @@
 """Branch log-probabilities and the DPO step, against PyTorch on every sequence by itself."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from tsalign_jax.models.hf import hf_tensors
 from tsalign_jax.models.loading import language_model
 from tsalign_jax.models.lora import adapted_skeleton, is_adapter, merge
 from tsalign_jax.training.align import AlignBatch, branch_logps, build_loss, build_reference
+from tsalign_jax.training.optimizer import build_trainer
 
 TOLERANCE = 1e-4
 
@@ -120,3 +123,20 @@ def test_lora_starts_as_the_model_and_merges_into_it(tmp_path, one_device):
     assert np.abs(adapted - plain).max() > 1.0
     merged = build_reference(model, one_device)(merge({**params, **trained}, lora), batch)
     np.testing.assert_allclose(merged, adapted, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "stacked"])
+def test_a_training_step_holds_no_array_of_tokens_by_vocabulary(layout, tmp_path, one_device):
+  """Of a vocabulary so large that its logits, in float32 and of all response tokens, would be most of the memory."""
+  tiny.decoder("llama", tmp_path)
+  model = language_model(Policy(path=tmp_path, dtype="bfloat16", layout=layout))
+  vocab = 1 << 16
+  model = dataclasses.replace(model, config=dataclasses.replace(model.config, vocab=vocab))
+  pairs, place = packed_rows([Item([1] * 200, ([2] * 150, [3] * 150)) for _ in range(12)])
+  batch = AlignBatch(pairs, np.zeros((*place.shape, 2), np.float32), np.zeros(place.shape, np.float32))
+  trainer = build_trainer(build_loss(model, one_device, Align()), Align(), 1, model.skeleton, one_device)
+  params = model.skeleton.abstract(one_device)
+  program = trainer.accumulate.lower(params, params, {}, batch).compile()
+  tokens = pairs.target.size
+  assert tokens >= 3600 and f"[{tokens},{vocab}]" not in program.as_text()
+  assert program.memory_analysis().temp_size_in_bytes < tokens * vocab * 4 / 2

@@ -33,6 +33,15 @@ def part_size(left: int, most: int, ways: int) -> int:
   return half if left <= half else ways * max(1, most // ways)
 
 
+def part_sizes(rows: int, most: int, ways: int) -> list[int]:
+  """Rows of each of the batches that so many rows are divided into."""
+  sizes = []
+  while rows > 0:
+    sizes.append(part_size(rows, most, ways))
+    rows -= sizes[-1]
+  return sizes
+
+
 def pad_left(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
   """[len(rows), width] with each row at the right end and zeros before it."""
   out = np.zeros((len(rows), width), np.int32)

@@ -5,19 +5,22 @@ tokens in a hundred, where padding each prompt and each response to one width wo
 a stage have one layout, so few programs are compiled.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from tsalign_jax.data.batching import part_size, round_up
+from tsalign_jax.data.batching import part_sizes, round_up
 from tsalign_jax.types import Packed
 
 MULTIPLE = 256  # tokens; rows are as long as a multiple of it, as the kernel's blocks want it
 SMALLEST = 16  # tokens; a row holds as many items as if they were of this size
 ATTENTION = 2048  # tokens of a row at which attention costs as much as all the rest, about
-SEEN = 512  # items that a row's length is chosen by
+CALL = 256  # tokens that cost as much as one more batch does, about
+RELUCTANCE = 1.1  # by how much longer rows must be cheaper: else rounds would change lengths, and compile anew
+SEEN = 512  # items that a layout is chosen by
 
 
 class Item(NamedTuple):
@@ -55,40 +58,54 @@ class Layout(NamedTuple):
     return min(rows * self.targets, usual)
 
 
-def plan_layout(items: Sequence[Item], at_once: int) -> Layout:
-  """The layout for these items, of which `at_once` come together: with room for as many response tokens as usual.
+def plan(items: Sequence[Item], at_once: int, tokens: int, ways: int, *, roomy: bool = False) -> tuple[Layout, int]:
+  """The layout for these items, of which `at_once` come together, and how many rows a batch has at most.
 
-  It comes in coarse steps, so that the stages of the next round, whose items are alike, mostly get the same.
+  Together they make steps cheap: short rows attend less, and long ones have less room left over, as of rows that hold
+  one and a half items a third is padding; and a batch that is nearly as large as a step leaves a large last one nearly
+  empty. All comes in coarse steps, so that the stages of the next round, whose items are alike, mostly get the same.
+  `roomy` rows may hold response tokens only.
   """
-  length = row_length(items, at_once)
+  steps = _likely_steps(len(items), at_once)
+  shortest = round_up(max(item.tokens for item in items), MULTIPLE)
+  longest = max(shortest, min(2 * shortest, tokens // ways))
+  best, least = (shortest, ways), float("inf")
+  for length in range(shortest, longest + 1, MULTIPLE):
+    rows = [len(assign(items, step, _roomy(length, 0))) for step in steps]
+    for most in range(ways, max(ways, tokens // length) + 1, ways):
+      parts = [part_sizes(count, most, ways) for count in rows]
+      computed = sum(map(sum, parts)) * length * (1 + length / ATTENTION) + CALL * sum(map(len, parts))
+      cost = computed * (1.0 if length == shortest else RELUCTANCE)
+      if cost <= least:
+        best, least = (length, most), cost
+  length, most = best
+  layout = _roomy(length, len(items[0].responses))
+  return (layout if roomy else _fitted(layout, items, steps)), most
+
+
+def _likely_steps(items: int, at_once: int) -> list[list[int]]:
+  """Items that could come together: of epochs in random order, until `SEEN` items have come; or all, if all do."""
+  if items <= at_once:
+    return [list(range(items))]
+  random, steps = np.random.default_rng(0), []
+  while len(steps) * at_once < SEEN:
+    order = random.permutation(items)[:SEEN].tolist()
+    steps += [order[start : start + at_once] for start in range(0, len(order), at_once)]
+  return steps
+
+
+def _roomy(length: int, k: int) -> Layout:
+  return Layout(length, length, length, length // SMALLEST, k)
+
+
+def _fitted(layout: Layout, items: Sequence[Item], steps: Sequence[Sequence[int]]) -> Layout:
+  """The layout with room for as many response tokens as rows, and batches of them, usually hold."""
+  length = layout.length
   share = sum(item.targets for item in items) / sum(item.tokens for item in items)
   most = max(max(item.targets for item in items), int(1.15 * share * length))
-  targets, usual = (min(length, round_up(count, length // 8)) for count in (most, int(1.05 * share * length)))
-  return Layout(length, targets, usual, length // SMALLEST, len(items[0].responses))
-
-
-def roomy_layout(items: Sequence[Item], at_once: int) -> Layout:
-  """The layout for these items where any of their tokens may be a response's: there are few such layouts."""
-  length = row_length(items, at_once)
-  return Layout(length, length, length, length // SMALLEST, len(items[0].responses))
-
-
-def row_length(items: Sequence[Item], at_once: int) -> int:
-  """Tokens of a row: as few as the longest item needs, or up to twice as many where that makes steps cheaper.
-
-  Short rows attend less, and long ones have less room left over: of rows that hold one and a half items, a third is
-  padding.
-  """
-  steps = [range(len(items))[start : start + at_once] for start in range(0, min(len(items), SEEN), at_once)]
-  shortest = round_up(max(item.tokens for item in items), MULTIPLE)
-
-  def cost(length: int) -> float:
-    layout = Layout(length, length, length, length // SMALLEST, 0)
-    rows = sum(len(assign(items, step, layout)) for step in steps)
-    reluctance = 1.0 if length == shortest else 1.1  # else rounds would change lengths, and compile anew
-    return rows * length * (1 + length / ATTENTION) * reluctance
-
-  return min(range(shortest, 2 * shortest + 1, MULTIPLE), key=cost)
+  usual = max(sum(items[index].targets for index in step) / len(assign(items, step, layout)) for step in steps)
+  targets, usual = (min(length, round_up(count, length // 16)) for count in (most, math.ceil(usual)))
+  return layout._replace(targets=targets, usual_targets=usual)
 
 
 def assign(items: Sequence[Item], indices: Iterable[int], layout: Layout) -> list[list[int]]:
@@ -111,19 +128,18 @@ class Packing:
   """The packed batches of a stage: of one layout, of at most `tokens` tokens, and of a multiple of `ways` rows.
 
   `at_once` is how many items come together. Where `tokens` has room for more, batches are smaller: empty rows cost
-  as much as full ones. `layout` is what rows look like if not as suits these items best.
+  as much as full ones. Where it has no room for a row on each of the `ways` devices, a batch is just that. `roomy` rows
+  may hold response tokens only, so that one or two programs serve all items.
   """
 
-  def __init__(self, items: Sequence[Item], at_once: int, tokens: int, ways: int, layout: Layout | None = None):
+  def __init__(self, items: Sequence[Item], at_once: int, tokens: int, ways: int, *, roomy: bool = False):
     self.items, self.ways = items, ways
-    self.layout = layout or plan_layout(items, at_once)
-    needed = at_once * sum(item.tokens for item in items) / len(items)
-    self.most = min(tokens, round_up(int(needed), self.layout.length)) // self.layout.length
+    self.layout, self.most = plan(items, at_once, tokens, ways, roomy=roomy)
 
   def batches(self, indices: Sequence[int]) -> Iterator[tuple[Packed, Int[np.ndarray, "rows items"]]]:
     """Packed batches that hold these items, and which item is where: -1 where there is none."""
     rows = assign(self.items, indices, self.layout)
-    sizes = [size // self.ways for size in self._sizes(len(rows))]
+    sizes = [size // self.ways for size in part_sizes(len(rows), self.most, self.ways)]
     loads = [sum(self.items[index].targets for index in row) for row in rows]
     while (shards := share_out(loads, self.ways * sizes, self.layout)) is None:
       sizes.append(sizes[-1])
@@ -133,11 +149,6 @@ class Packing:
         part += [rows[row] for row in shard] + [[]] * (size - len(shard))
       place = np.asarray([row + [-1] * (self.layout.items - len(row)) for row in part])
       yield pack([[self.items[index] for index in row] for row in part], self.layout, self.ways), place
-
-  def _sizes(self, rows: int) -> Iterator[int]:
-    while rows > 0:
-      yield (size := part_size(rows, self.most, self.ways))
-      rows -= size
 
 
 def share_out(loads: Sequence[int], sizes: Sequence[int], layout: Layout) -> list[list[int]] | None:
