@@ -1,6 +1,7 @@
 """Attention of branch tokens to [their shared trunk | their own branch], without a key for any sibling.
 
-Here it is plain XLA; on TPUs whole batches go to one kernel instead (see `ops.splash`).
+Here it is plain XLA; on TPUs whole batches go to one kernel instead (see `ops.splash`), and on NVIDIA GPUs packed rows
+to another (see `ops.fused`).
 """
 
 import functools
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from tsalign_jax.ops import splash
+from tsalign_jax.ops import fused, splash
 from tsalign_jax.ops.einsum import heads_first, soft_cap, transposed, wide_matmul
 from tsalign_jax.ops.masking import Masking
 from tsalign_jax.types import Branches, Packed
@@ -159,7 +160,7 @@ class PackedRows:
   """Attention over a `Packed` batch: what training attends with.
 
   Queries go in blocks, each with the keys before its end, so that half of what is not causal is not computed. On TPUs
-  the kernel skips all that is not seen.
+  a kernel skips all that is not seen, and on NVIDIA GPUs another one keeps no weights.
   """
 
   def __init__(self, batch: Packed, mesh: Mesh | None = None):
@@ -175,11 +176,13 @@ class PackedRows:
     if splash.applies(self.mesh, query.dtype):
       return splash.attend_packed(query, key, value, self.visible, self.position, masking, self.mesh), cache
     rows, columns, _, head_dim = query.shape
-    key, value = lay_out(key, value)
-    grouped = heads_first(query.reshape(rows, columns, key.shape[1], -1))
     visible = self.visible
     if (window := masking.window) is not None:
       visible = visible & (self.position[:, :, None] - self.position[:, None] < window)
+    if fused.applies(self.mesh, query.dtype, head_dim, masking):
+      return fused.attend_packed(query, key, value, visible, masking.scale), cache
+    key, value = lay_out(key, value)
+    grouped = heads_first(query.reshape(rows, columns, key.shape[1], -1))
     parts = []
     for start in range(0, columns, BLOCK):
       end = min(start + BLOCK, columns)

@@ -1,0 +1,80 @@
+"""The fused kernel's path against plain XLA attention: on CPUs by what JAX computes in its place, on a GPU itself."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ragged import packed_rows, ragged_items
+
+from tsalign_jax.ops import fused
+from tsalign_jax.ops.attention import PackedRows
+from tsalign_jax.ops.masking import Masking
+from tsalign_jax.parallel.mesh import make_mesh
+from tsalign_jax.types import Packed
+
+MASKINGS = {
+  "plain": Masking(0.3),
+  "window": Masking(0.3, None, (9,)),
+  "traced window": Masking(0.3, None, (None, 9), 1),
+}
+
+
+def attention(packed: Packed, masking: Masking, mesh, dtype):
+  """What four heads over two of keys attend to in these rows, and the gradients of some function of it."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  shape = (*packed.tokens.shape, 4, 16)
+  query, key, value, other = (
+    jax.random.normal(each, (*shape[:2], heads, 16), dtype) for each, heads in zip(keys, (4, 2, 2, 4), strict=True)
+  )
+  real = (packed.item > 0)[..., None, None]
+
+  @jax.jit
+  def run(kind, query, key, value):
+    layer = masking if isinstance(masking.kind, int) and masking.kind == 0 else masking._replace(kind=kind)
+    out, _ = PackedRows(packed, mesh)(query, key, value, masking=layer, layer=0, cache=None)
+    return jnp.where(real, out, 0)
+
+  out, back = jax.vjp(lambda *tensors: run(jnp.asarray(masking.kind), *tensors), query, key, value)
+  return out, back(jnp.where(real, other, 0))
+
+
+@pytest.mark.parametrize("masking", MASKINGS.values(), ids=MASKINGS)
+def test_the_fused_path_equals_xla_with_its_gradients(masking, one_device, monkeypatch):
+  packed, _ = packed_rows(ragged_items(3, count=30, k=2))
+  monkeypatch.setattr(fused, "IMPLEMENTATION", "xla")
+  results = []
+  for use in (True, False):
+    monkeypatch.setattr(fused, "applies", lambda *_, use=use: use)
+    results.append(attention(packed, masking, one_device, jnp.float32))
+  jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-5), *results)
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize("masking", MASKINGS.values(), ids=MASKINGS)
+def test_the_kernel_on_a_gpu_equals_xla_to_rounding(masking, monkeypatch):
+  mesh = make_mesh()
+  if not fused.applies(mesh, jnp.bfloat16, 16, masking):
+    pytest.skip("needs an NVIDIA GPU")
+  packed, _ = packed_rows(ragged_items(3, count=30, k=2))
+  ours = attention(packed, masking, mesh, jnp.bfloat16)
+  monkeypatch.setattr(fused, "applies", lambda *_: False)
+  theirs = attention(packed, masking, mesh, jnp.bfloat16)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype(float), b.astype(float), atol=0.06), ours, theirs)
+
+
+def test_it_is_for_bfloat16_on_nvidia_with_heads_that_it_knows(one_device):
+  def mesh(platform, kind):
+    return types.SimpleNamespace(devices=np.asarray([types.SimpleNamespace(platform=platform, device_kind=kind)]))
+
+  plain, hopper = Masking(0.1), mesh("gpu", "NVIDIA H200")
+  assert fused.applies(hopper, jnp.bfloat16, 64, plain)
+  assert not fused.applies(hopper, jnp.float32, 64, plain)
+  assert not fused.applies(hopper, jnp.bfloat16, 256, plain)
+  assert not fused.applies(hopper, jnp.bfloat16, 60, plain)
+  assert not fused.applies(hopper, jnp.bfloat16, 64, Masking(0.1, softcap=50.0))
+  assert not fused.applies(mesh("gpu", "AMD Instinct MI300X"), jnp.bfloat16, 64, plain)
+  assert not fused.applies(mesh("tpu", "TPU v5e"), jnp.bfloat16, 64, plain)
+  assert not fused.applies(one_device, jnp.bfloat16, 64, plain)
+  assert not fused.applies(None, jnp.bfloat16, 64, plain)
