@@ -27,7 +27,8 @@ from tsalign_jax.models.hf import save_params
 from tsalign_jax.models.loading import reward_model
 from tsalign_jax.progress import terminal_progress
 from tsalign_jax.report.reward import reward_summary
-from tsalign_jax.scoring.reward import conversation_text
+from tsalign_jax.scoring.reward import build_reward_engine, conversation_text
+from tsalign_jax.stages.train_reward import usable_pairs
 from tsalign_jax.teachers.build import build_teacher
 from tsalign_jax.train_reward import train_reward
 from tsalign_jax.types import CandidatePair, Prompt, UserError, Verdict
@@ -111,6 +112,13 @@ def test_it_learns_what_the_pairs_show(trained):
   low, high = metrics["accuracy_ci"]
   assert f"reward model {metrics['accuracy']:.1%} {low:.1%} to {high:.1%}" in words and "longer wins" in words
   assert f"Model: {folder / 'run' / 'model'}" in words
+
+
+def test_the_margin_column_reaches_the_examples_that_are_learned_from(tmp_path, one_device):
+  config = load_config(config_file(tmp_path), ["pairs.margin=strength"], RewardConfig)
+  engine = build_reward_engine(reward_model(config.model), one_device, config.model)
+  examples, _ = usable_pairs(engine, config)
+  assert [example.margin for example in examples] == [number % 3 for number in range(64)]
 
 
 def test_pairs_that_are_dropped_or_cut_are_counted_and_said(trained):
@@ -254,6 +262,35 @@ def test_written_decoder_pads_with_a_token_that_ends_no_conversation(pad, tmp_pa
   np.testing.assert_allclose(theirs(tmp_path / "out", pairs).ravel(), alone, atol=1e-4)
 
 
+def test_a_template_of_its_own_is_learned_with_and_written_with_the_model(tmp_path):
+  """One that asks something after each conversation, and ends with a token that was the padding before."""
+  asking = tiny.TEMPLATE + "{% if not add_generation_prompt %}<user>what is it<pad>{% endif %}"
+  (tmp_path / "asking.jinja").write_text(asking)
+  overrides = [f"model.chat_template={tmp_path / 'asking.jinja'}", "training.epochs=1", "probe=true"]
+  train_reward(load_config(config_file(tmp_path), overrides, RewardConfig), QUIET)
+  assert 0 < metrics_of(tmp_path / "run")["probe_accuracy"] <= 1
+  model = tmp_path / "run" / "model"
+  tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+  assert tokenizer.chat_template == asking and tokenizer.pad_token != "<pad>"
+  pairs = [pair for n, pair in enumerate(read_preferences(str(tmp_path / "held.jsonl"))) if n not in (4, 5)]
+  scores = ours(tmp_path / "run", pairs)
+  np.testing.assert_allclose(scores, theirs(model, pairs), atol=1e-4)
+  config = judging.config_file(tmp_path, {"kind": "reward_model", "path": str(model), "dtype": "float32"})
+  asked = [CandidatePair(Prompt(n, pair.prompt), pair.chosen, pair.rejected) for n, pair in enumerate(pairs)]
+  with build_teacher(load_config(config)) as teacher:
+    margins = [judgement.evidence["margin"] for judgement in teacher.judge(asked)]
+  np.testing.assert_allclose(margins, scores[:, 0] - scores[:, 1], atol=1e-4)
+
+
+def test_an_encoder_has_no_use_for_a_template(tmp_path):
+  (tmp_path / "asking.jinja").write_text(tiny.TEMPLATE)
+  config = load_config(
+    config_file(tmp_path, "bert"), [f"model.chat_template={tmp_path / 'asking.jinja'}"], RewardConfig
+  )
+  with pytest.raises(UserError, match=r"asking.jinja: a bert reads pairs of texts, by no chat template; leave it out"):
+    train_reward(config, QUIET)
+
+
 def test_nothing_left_to_learn_from_is_said(tmp_path):
   config = config_file(tmp_path)
   settings = load_config(config, ["model.max_tokens=5"], RewardConfig)
@@ -266,6 +303,12 @@ WRONG = {
   "no sources": (["pairs.train=[]"], ["pairs.train", "at least 1 item"]),
   "no such file": (["pairs.heldout=nowhere.jsonl"], ["nowhere.jsonl: there is no such file"]),
   "no such model": (["model.path=nowhere"], ["nowhere: no config.json there"]),
+  "no such template": (["model.chat_template=nowhere.jinja"], ["nowhere.jinja: there is no such chat template"]),
+  "no template": (["model.chat_template=LICENSE"], ["LICENSE: the template leaves out what is said"]),
+  "broken template": (
+    ["model.chat_template=tsalign_jax/report/report.html.jinja"],
+    ["report.html.jinja: not a chat template ("],
+  ),
   "no such margin": (["pairs.margin=votes"], ["first.jsonl: row 1: no `votes`, which was to be its margin"]),
   "too much smoothing": (["training.label_smoothing=0.5"], ["training.label_smoothing", "less than 0.5"]),
   "negative centring": (["training.center_rewards_coefficient=-1"], ["center_rewards_coefficient", "0", "-1"]),

@@ -36,7 +36,7 @@ def write_metrics(run: Path, manifest: Manifest) -> None:
 
 
 def _check_inputs(config: RewardConfig) -> None:
-  check_targets(config.training.lora, check_reader(config.model.path), "training")
+  check_targets(config.training.lora, check_reader(config.model.path, config.model.chat_template), "training")
   for source in config.pairs.train:
     read_preferences(source, margin=config.pairs.margin)
   read_preferences(config.pairs.heldout)

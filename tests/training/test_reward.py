@@ -121,6 +121,16 @@ def test_loss_and_gradient_of_weights_equal_pytorch(family, tokens, tmp_path, on
     assert np.linalg.norm(ours[name] - gradient) <= 1e-4 * np.linalg.norm(gradient) + 1e-6 * scale, name
 
 
+def test_trainings_of_one_objective_share_a_program(tmp_path, one_device):
+  reward_folder("bert", tmp_path)
+  engine, _ = engine_of(tmp_path, one_device)
+  warm, later = RewardTraining(epochs=1, learning_rate=1e-3), RewardTraining(epochs=3, batch_size=4)
+  assert build_loss(engine, warm) is build_loss(engine, later)
+  for name, settings in LOSSES.items():
+    if name != "plain":
+      assert build_loss(engine, RewardTraining(**settings)) is not build_loss(engine, warm), name
+
+
 @pytest.mark.parametrize("family", ["llama", "modernbert"])
 def test_adapters_and_head_learn_and_merge_into_what_they_were(family, tmp_path, one_device):
   reward_folder(family, tmp_path)

@@ -10,6 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tsalign_jax.types import Conversation, UserError
 
+TURNS = ({"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"})
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chat:
@@ -19,9 +21,14 @@ class Chat:
   stop_tokens: tuple[int, ...]
 
   @classmethod
-  def load(cls, folder: Path) -> "Chat":
-    """The chat of a Hugging Face folder. Raises UserError without a tokenizer, template or end token."""
+  def load(cls, folder: Path, template: Path | None = None) -> "Chat":
+    """The chat of a Hugging Face folder, by a template of its own or by that in a file.
+
+    Raises UserError without a tokenizer, template or end token.
+    """
     tokenizer = load_tokenizer(folder)
+    if template:
+      tokenizer.chat_template = _read_template(template, tokenizer)
     if not tokenizer.chat_template:
       raise UserError(
         f"{folder}: its tokenizer has no chat template; use an instruction-tuned model, or put the template of one "
@@ -85,11 +92,23 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
   return AutoTokenizer.from_pretrained(folder)
 
 
+def _read_template(file: Path, tokenizer) -> str:
+  if not file.is_file():
+    raise UserError(f"{file}: there is no such chat template")
+  template = file.read_text(encoding="utf-8")
+  try:
+    text = tokenizer.apply_chat_template(TURNS, chat_template=template, tokenize=False)
+  except TemplateError as error:
+    raise UserError(f"{file}: not a chat template ({error})") from error
+  if not all(turn["content"] in text for turn in TURNS):
+    raise UserError(f"{file}: the template leaves out what is said; it has to write every message's content")
+  return template
+
+
 def _turn_end(tokenizer) -> int | None:
   """The special token that the chat template writes after an answer, such as Gemma's <end_of_turn>."""
-  answer = "an answer"
-  turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
-  whole = tokenizer.apply_chat_template(turns, tokenize=False)
+  answer = TURNS[-1]["content"]
+  whole = tokenizer.apply_chat_template(TURNS, tokenize=False)
   tail = tokenizer.encode(whole[whole.rindex(answer) + len(answer) :], add_special_tokens=False)
   return next((token for token in tail if token in tokenizer.all_special_ids), None)
 

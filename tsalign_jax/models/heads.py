@@ -39,17 +39,21 @@ class DecoderRewardModel(nnx.Module):
     self.model = Decoder(config, rngs, layout)
     self.score = Linear({"embed": config.embed}, {"label": 1}, rngs)
 
-  def __call__(
+  def __call__(self, batch: Branches | Packed, **how) -> Float[Array, "batch k"] | Float[Array, "rows items k"]:
+    """The reward of each branch; where a branch is empty, that of its trunk. Keywords are those of `features`."""
+    return _reward(self.score, self.features(batch, **how))
+
+  def features(
     self, batch: Branches | Packed, *, mesh: Mesh | None = None, dtype=jnp.float32, remat: bool = False
-  ) -> Float[Array, "batch k"] | Float[Array, "rows items k"]:
-    """The reward of each branch; where a branch is empty, that of its trunk."""
+  ) -> Float[Array, "batch k embed"] | Float[Array, "rows items k embed"]:
+    """What the head reads of each branch: the hidden state of its last real token."""
     if isinstance(batch, Packed):
       tokens, attend, last = (batch.tokens, batch.position), PackedRows(batch, mesh), _last_packed(batch)
     else:
       tokens, attend, last = flatten(batch), TrunkAndBranches(batch, mesh), _last(batch)
     hidden, _ = self.model(*tokens, attend, dtype=dtype, remat=remat)
     at_last = jnp.take_along_axis(hidden, last.reshape(last.shape[0], -1)[..., None], axis=1)
-    return _reward(self.score, at_last).reshape(last.shape)
+    return at_last.reshape(*last.shape, -1)
 
 
 def _last(batch: Branches) -> Int[Array, "batch k"]:
@@ -84,7 +88,11 @@ class EncoderRewardModel(nnx.Module):
     self.norm = LayerNorm(config.embed, config.norm_eps, bias=config.norm_bias) if modern else None
     self.out = Linear(pooled, {"label": 1}, rngs, bias=True)
 
-  def __call__(
+  def __call__(self, tokens: Int[Array, "rows length"], mask: Bool[Array, "rows length"], *rest, **how):
+    """The reward of each row [rows]. Arguments are those of `features`."""
+    return _reward(self.out, self.features(tokens, mask, *rest, **how))
+
+  def features(
     self,
     tokens: Int[Array, "rows length"],
     mask: Bool[Array, "rows length"],
@@ -93,13 +101,13 @@ class EncoderRewardModel(nnx.Module):
     mesh: Mesh | None = None,
     dtype=jnp.float32,
     remat: bool = False,
-  ) -> Float[Array, " rows"]:
-    """The reward of each row, read at its first token or, where the configuration says so, from the mean of all."""
+  ) -> Float[Array, "rows pooled"]:
+    """What the last map reads of each row: of its first token or, where the configuration says so, the mean of all."""
     first = self.config.pooling == "cls"
     hidden = self.model(tokens, mask, token_types, wanted=1 if first else None, mesh=mesh, dtype=dtype, remat=remat)
     pooled = hidden[:, 0] if first else _mean(hidden, mask)
     pooled = activate(self.config.classifier_activation, self.dense(pooled)).astype(pooled.dtype)
-    return _reward(self.out, pooled if self.norm is None else self.norm(pooled))
+    return pooled if self.norm is None else self.norm(pooled)
 
 
 def _reward(head: Linear, pooled: Float[Array, "*batch embed"]) -> Float[Array, "*batch"]:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
-from tsalign_jax.data.chat import Chat
+from tsalign_jax.data.chat import TURNS, Chat
 from tsalign_jax.models.config import DECODERS, ENCODERS, DecoderConfig, ModelConfig
 from tsalign_jax.models.functional import Params, ParamSpec, Skeleton
 from tsalign_jax.models.shards import write_shards
@@ -174,13 +174,27 @@ def _hf_shape(name: str, shape: tuple[int, ...], inputs: int | None) -> tuple[in
   return (math.prod(shape),) if name.endswith((".bias", ".beta")) else shape
 
 
-def save_params(params: Params, skeleton: Skeleton, config: ModelConfig, source: Path, target: Path, *, dtype):
-  """Writes a Hugging Face folder that transformers loads; config and tokenizer are copied from `source`."""
+def save_params(
+  params: Params,
+  skeleton: Skeleton,
+  config: ModelConfig,
+  source: Path,
+  target: Path,
+  *,
+  dtype,
+  chat_template: Path | None = None,
+):
+  """Writes a Hugging Face folder that transformers loads; config and tokenizer are copied from `source`.
+
+  A `chat_template` takes the place of the one there.
+  """
   target = Path(target)
   target.mkdir(parents=True, exist_ok=True)
   for file in ("config.json", *TOKENIZER_FILES):
     if (Path(source) / file).is_file():
       shutil.copyfile(Path(source) / file, target / file)
+  if chat_template:
+    shutil.copyfile(chat_template, target / "chat_template.jinja")
   _write_config(target / "config.json", config, dtype)
   if isinstance(config, DecoderConfig) and config.reward_head:
     _write_padding(target)
@@ -234,8 +248,7 @@ def _write_padding(folder: Path) -> None:
   transformers reads a decoder's score at the last token that is not padding, and refuses batches without such a token.
   """
   chat = Chat.load(folder)
-  turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
-  last, tokenizer = chat.conversation_tokens(turns)[-1], chat.tokenizer
+  last, tokenizer = chat.conversation_tokens(TURNS)[-1], chat.tokenizer
   candidates = [tokenizer.pad_token_id, *sorted(tokenizer.all_special_ids), 0, 1]
   padding = next(token for token in candidates if token not in (None, last))
   _update_json(folder / "config.json", {"pad_token_id": padding})

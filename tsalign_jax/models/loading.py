@@ -46,6 +46,11 @@ class ModelHandle:
     """The module without arrays."""
     return _skeleton(self.config, self.layout)
 
+  @property
+  def head_kernel(self) -> str:
+    """The parameter that is the last map of the reward head."""
+    return "out.kernel" if isinstance(self.config, EncoderConfig) else "score.kernel"
+
   def load(self, mesh: Mesh, *, head_key: jax.Array | None = None) -> dict[str, jax.Array]:
     """The folder's parameters on the mesh; `head_key` initialises a reward head that the folder does not have."""
     key = head_key if self.fresh_head else None

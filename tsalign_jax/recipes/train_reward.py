@@ -12,6 +12,7 @@ def train_reward_steps(config: RewardConfig) -> Iterator[Step]:
   """Both stages of the training."""
   train = {f"train_{index}": source for index, source in enumerate(config.pairs.train)}
   heldout = files_of({"heldout": config.pairs.heldout})
-  reads = {"model": config.model.path, **files_of(train), **heldout}
+  template = {"chat_template": config.model.chat_template} if config.model.chat_template else {}
+  reads = {"model": config.model.path, **template, **files_of(train), **heldout}
   yield Step("train", train_reward, reads, {"model": "model", "log": "train.jsonl"})
   yield Step("evaluate", measure_reward, {"model": config.run / "model", **heldout}, {"scores": "heldout.parquet"})

@@ -10,12 +10,13 @@ from tsalign_jax.models.hf import save_params
 from tsalign_jax.models.loading import reward_model
 from tsalign_jax.scoring.reward import RewardEngine, build_reward_engine
 from tsalign_jax.stages.base import Counts, Job
-from tsalign_jax.training.reward import Example, fit, make_example
+from tsalign_jax.training.reward import Example, fit, left_out_accuracy, make_example, probed
 from tsalign_jax.training.run import training_steps
 from tsalign_jax.types import Conversation, UserError
 
 EQUAL = "chosen and rejected are equal"
 HELD_OUT = "the prompt is held out"
+PROBE = "probe.npz"
 
 
 def train_reward(job: Job) -> Counts:
@@ -25,25 +26,35 @@ def train_reward(job: Job) -> Counts:
   """
   config: RewardConfig = job.config
   model, settings = reward_model(config.model), config.training
-  engine = build_reward_engine(model, job.mesh, config.model)
+  engine = build_reward_engine(model, job.mesh, config.model, config.model.chat_template)
   examples, dropped = usable_pairs(engine, config)
   if not examples:
     raise UserError(f"pairs.train: no pair is left to learn from ({dropped}); raise model.max_tokens, or give others")
   steps = training_steps(len(examples), settings)
   with job.progress(steps, "steps") as advance:
     advance(0, f"{dropped.total()} of {len(examples) + dropped.total()} pairs dropped")
+
+    def start():
+      params = job.load(model, job.reads["model"])
+      if not config.probe:
+        return params
+      advance(0, "the head alone")
+      return probed(engine, params, examples, settings.microbatch_tokens, job.partial / PROBE)
+
     params = fit(
       engine,
       examples,
       settings,
-      lambda: job.load(model, job.reads["model"]),
+      start,
       seed=job.seed,
       folder=job.partial,
       on_step=lambda _, metrics: advance(1, f"loss {metrics['loss']:.3f} accuracy {metrics['accuracy']:.2f}"),
     )
-  save_params(params, model.skeleton, model.config, model.folder, job.writes["model"], dtype=model.param_dtype)
+  written = {"dtype": model.param_dtype, "chat_template": config.model.chat_template}
+  save_params(params, model.skeleton, model.config, model.folder, job.writes["model"], **written)
   shutil.copyfile(job.partial / "log.jsonl", job.writes["log"])
-  return {"train_pairs": len(examples), "dropped": dict(sorted(dropped.items())), "steps": steps}
+  found = {"probe_accuracy": left_out_accuracy(job.partial / PROBE)} if config.probe else {}
+  return {"train_pairs": len(examples), "dropped": dict(sorted(dropped.items())), "steps": steps, **found}
 
 
 def usable_pairs(engine: RewardEngine, config: RewardConfig) -> tuple[list[Example], Counter[str]]:

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tsalign_jax.config import RewardTraining
+from tsalign_jax.config import Optimizer, RewardTraining
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.lora import adapted_skeleton, trained_part
 from tsalign_jax.objectives import ranking
 from tsalign_jax.parallel.mesh import put_batch
 from tsalign_jax.scoring.reward import Encoded, RewardEngine
 from tsalign_jax.training.optimizer import build_trainer
+from tsalign_jax.training.probe import fit_head
 from tsalign_jax.training.run import train, training_steps
 from tsalign_jax.types import PreferencePair
 
@@ -57,9 +58,52 @@ class Examples:
       yield put_batch(RewardBatch(batch, self._margins[place], weight), self._mesh)
 
 
-@functools.lru_cache(maxsize=8)
+OBJECTIVE = RewardTraining.model_fields.keys() - Optimizer.model_fields.keys()
+
+
 def build_loss(engine: RewardEngine, settings: RewardTraining):
-  """The loss of a microbatch, with the share of pairs that the model already orders as they are labelled."""
+  """The loss of a microbatch, with the share of pairs that the model already orders as they are labelled.
+
+  Trainings that differ in nothing of it, a warm start and the rounds behind it, share one compiled program.
+  """
+  return _build_loss(engine, RewardTraining(**{name: getattr(settings, name) for name in OBJECTIVE}))
+
+
+def probed(
+  engine: RewardEngine, params: Params, examples: Sequence[Example], tokens: int, file: Path
+) -> dict[str, jax.Array]:
+  """The parameters with the head that suits these pairs best: see `training.probe`.
+
+  It is kept in `file`, with how often heads are right of pairs that were left out of their fit; what is there is read.
+  """
+  if not file.exists():
+    both = _features(engine, params, [example.item for example in examples], tokens)
+    head, share = fit_head(both[:, 0], both[:, 1], np.asarray([example.margin for example in examples]))
+    with file.with_name("unfinished.npz").open("wb") as unfinished:
+      np.savez(unfinished, head=head, share=share)
+    file.with_name("unfinished.npz").replace(file)
+  name = engine.model.head_kernel
+  head = np.load(file)["head"][:, None].astype(params[name].dtype)
+  return {**params, name: jax.device_put(head, params[name].sharding)}
+
+
+def left_out_accuracy(file: Path) -> float:
+  """What `probed` found: the share of pairs that heads fitted without them order as they are labelled."""
+  return float(np.load(file)["share"])
+
+
+def _features(engine: RewardEngine, params: Params, items: Sequence[Encoded], tokens: int):
+  """[items, 2, features] of the better and of the worse response."""
+  out = None
+  for batch, place in engine.lay_out(items, len(items), tokens).batches(range(len(items))):
+    found = np.asarray(engine.feature_program(params, put_batch(batch, engine.mesh)))
+    out = np.zeros((len(items), *found.shape[-2:]), np.float32) if out is None else out
+    out[place[place >= 0]] = found[place >= 0]
+  return out
+
+
+@functools.lru_cache(maxsize=8)
+def _build_loss(engine: RewardEngine, settings: RewardTraining):
   skeleton = adapted_skeleton(engine.model, settings.lora)
 
   def loss(trainable: Params, frozen: Params, batch: RewardBatch):
