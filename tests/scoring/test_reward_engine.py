@@ -177,7 +177,8 @@ def test_pairs_of_any_lengths_need_few_programs(tmp_path, one_device):
   settings = Student(path=tmp_path, dtype="float32", batch_tokens=512, max_tokens=100)
   model = reward_model(settings)
   engine, params = build_reward_engine(model, one_device, settings), model.load(one_device)
-  before = engine.program._cache_size()
+  shapes, program = set(), engine.program
+  engine.program = lambda params, batch: shapes.add(batch.tokens.shape) or program(params, batch)
   for calls in range(4):
     items = [
       engine.encode(
@@ -187,4 +188,37 @@ def test_pairs_of_any_lengths_need_few_programs(tmp_path, one_device):
       for n in range(1, 40, 1 + calls)
     ]
     assert sorted(index for index, _ in engine.score(params, items)) == list(range(len(items)))
-  assert engine.program._cache_size() - before <= 2
+  assert len(shapes) <= 4  # two for each of the layouts that these four sets of lengths have
+
+
+def test_many_responses_of_different_lengths_need_few_programs_and_little_padding(tmp_path, one_device):
+  """Eight to a prompt, of which the longest would decide for all; where lengths are alike, prompts are read once."""
+  decoder_folder(tmp_path, "llama")
+  settings = Student(path=tmp_path, dtype="float32", batch_tokens=1024, max_tokens=400)
+  model = reward_model(settings)
+  engine, params = build_reward_engine(model, one_device, settings), model.load(one_device)
+  random = np.random.default_rng(0)
+
+  def items(lengths):
+    return [
+      engine.encode(
+        [{"role": "user", "content": " ".join(random.choice(tiny.WORDS, random.integers(4, 30)))}],
+        [" ".join(random.choice(tiny.WORDS, lengths())) for _ in range(8)],
+      )
+      for _ in range(12)
+    ]
+
+  ragged = items(lambda: int(random.lognormal(3, 0.8)) + 1)
+  batches = list(engine._batches([unit for *_, unit in engine._units(ragged)]))
+  read = sum(len(item.prompt) + sum(map(len, item.responses)) for item in ragged)
+  assert len({batch.tokens.shape for batch, _ in batches}) <= 2
+  assert sum(batch.tokens.size for batch, _ in batches) < 1.6 * read
+  found, alone = dict(engine.score(params, ragged)), np.zeros((12, 8))
+  for n, item in enumerate(ragged):
+    for k, response in enumerate(item.responses):
+      single = item._replace(responses=[response], cut=[False])
+      alone[n, k] = dict(engine.score(params, [single]))[0][0]
+  np.testing.assert_allclose([found[n] for n in range(12)], alone, atol=TOLERANCE)
+
+  even = items(lambda: 60)
+  assert all(list(responses) == list(range(8)) for _, responses, _ in engine._units(even))

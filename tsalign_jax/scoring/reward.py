@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tsalign_jax.config import RewardModel
-from tsalign_jax.data.batching import bucket, make_branches, pad_right, part_size
+from tsalign_jax.data.batching import bucket, make_branches, pad_right, part_size, round_up
 from tsalign_jax.data.chat import Chat, load_tokenizer
-from tsalign_jax.data.packing import Item, Packing, roomy_layout
+from tsalign_jax.data.packing import ATTENTION, MULTIPLE, Item, Packing
 from tsalign_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig, read_config
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.hf import WeightFiles
@@ -23,7 +24,8 @@ from tsalign_jax.models.loading import ModelHandle
 from tsalign_jax.parallel.mesh import batch_ways, put_batch
 from tsalign_jax.types import Branches, Conversation, Packed, UserError
 
-FEW = 2  # responses to a prompt that go into packed rows, where the model is a decoder
+FEW = 4  # responses to a prompt that go into packed rows, where the model is a decoder
+ROOM = 1.1  # of packed rows, for what is left over in them
 FEW_BATCHES = 16  # come together where a program for each width would cost more than it spares
 COARSE = 4  # steps of widths for these
 
@@ -72,12 +74,17 @@ class RewardEngine(abc.ABC):
     self.model, self.mesh = model, mesh
     self.batch_tokens = settings.batch_tokens
     self.limit = min(settings.max_tokens, model.config.max_tokens)
+    self._how = {"mesh": mesh, "dtype": model.dtype, "remat": model.remat}
 
     @jax.jit
-    def program(params: Params, batch) -> Float[Array, "batch k"]:
+    def program(params: Params, batch) -> Float[Array, "*places k"]:
       return self.rewards(model.skeleton.bind(params), batch)
 
-    self.program = program
+    @jax.jit
+    def feature_program(params: Params, batch) -> Float[Array, "*places k features"]:
+      return self.features(model.skeleton.bind(params), batch).astype(jnp.float32)
+
+    self.program, self.feature_program = program, feature_program
 
   @abc.abstractmethod
   def encode(self, prompt: Conversation, responses: Sequence[str]) -> Encoded:
@@ -98,6 +105,10 @@ class RewardEngine(abc.ABC):
   def rewards(self, module, batch) -> Float[Array, "*places k"]:
     """The score of every response in a batch; traceable and differentiable."""
 
+  @abc.abstractmethod
+  def features(self, module, batch) -> Float[Array, "*places k features"]:
+    """What the last map of the reward head reads of every response in a batch."""
+
   def lay_out(self, items: Sequence[Encoded], at_once: int, tokens: int) -> Batches:
     """Batches of at most `tokens` tokens for items with the same number of responses; `at_once` come together."""
     batches = at_once * sum(self.tokens(item, self.steps) for item in items) / len(items) / tokens
@@ -111,30 +122,38 @@ class RewardEngine(abc.ABC):
       if not np.isfinite(scores := np.asarray(scores)).all():
         raise UserError(f"{self.model.folder}: its scores are not finite; use dtype float32, or retrain it")
       for where in np.argwhere(place >= 0):
-        index, first, _ = units[place[tuple(where)]]
+        index, responses, _ = units[place[tuple(where)]]
         got = found.setdefault(index, {})
-        got |= {first + offset: float(score) for offset, score in enumerate(scores[tuple(where)])}
+        got |= {k: float(score) for k, score in zip(responses, scores[tuple(where)], strict=True)}
         if len(got) == len(items[index].responses):
           yield index, [got[k] for k in range(len(got))]
 
   def _launched(self, params: Params, units: Sequence[Encoded]) -> Iterator[tuple[Int[np.ndarray, "*places"], Array]]:
     """(which unit is where, scores on the device), one batch behind: one is computed as another is read."""
     last = None
+    for batch, place in self._batches(units):
+      launched = place, self.program(params, put_batch(batch, self.mesh))
+      if last is not None:
+        yield last
+      last = launched
+    if last is not None:
+      yield last
+
+  def _batches(self, units: Sequence[Encoded]) -> Iterator[tuple[Any, Int[np.ndarray, "*places"]]]:
+    """Host batches, and which unit is where."""
     for count in sorted({len(unit.responses) for unit in units}):
       alike = [index for index, unit in enumerate(units) if len(unit.responses) == count]
       laid_out = self.lay_out([units[index] for index in alike], len(alike), self.batch_tokens)
       for batch, place in laid_out.batches(range(len(alike))):
-        launched = np.where(place >= 0, np.asarray(alike)[place], -1), self.program(params, put_batch(batch, self.mesh))
-        if last is not None:
-          yield last
-        last = launched
-    if last is not None:
-      yield last
+        yield batch, np.where(place >= 0, np.asarray(alike)[place], -1)
 
-  def _units(self, items: Sequence[Encoded]) -> Iterator[tuple[int, int, Encoded]]:
-    """(item, its first response here, what is scored as one row): the whole item unless it can be divided."""
-    for index, item in enumerate(items):
-      yield index, 0, item
+  def count_batches(self, items: Sequence[Encoded]) -> int:
+    """How many batches `score` computes for these items."""
+    return sum(1 for _ in self._batches([unit for *_, unit in self._units(items)]))
+
+  @abc.abstractmethod
+  def _units(self, items: Sequence[Encoded]) -> Iterator[tuple[int, Sequence[int], Encoded]]:
+    """(index of an item, which of its responses, the item with these alone): what is laid out as one."""
 
 
 class Alike(NamedTuple):
@@ -164,9 +183,9 @@ class Alike(NamedTuple):
 class DecoderEngine(RewardEngine):
   """A prompt once for all of its responses; the conversation in the model's own chat template."""
 
-  def __init__(self, model: ModelHandle, mesh: Mesh, settings: RewardModel):
+  def __init__(self, model: ModelHandle, mesh: Mesh, settings: RewardModel, chat_template: Path | None = None):
     super().__init__(model, mesh, settings)
-    self.chat = Chat.load(model.folder)
+    self.chat = Chat.load(model.folder, chat_template)
 
   def encode(self, prompt: Conversation, responses: Sequence[str]) -> Encoded:
     """The templated conversations; over the limit, the prompt loses its start and then a response its end.
@@ -197,18 +216,38 @@ class DecoderEngine(RewardEngine):
 
   def rewards(self, module, batch: Branches | Packed) -> Float[Array, "*places k"]:
     """The reward at each branch's last real token."""
-    return module(batch, mesh=self.mesh, dtype=self.model.dtype, remat=self.model.remat)
+    return module(batch, **self._how)
+
+  def features(self, module, batch: Branches | Packed) -> Float[Array, "*places k embed"]:
+    """Hidden states at these tokens."""
+    return module.features(batch, **self._how)
 
   def lay_out(self, items: Sequence[Encoded], at_once: int, tokens: int) -> Batches:
     """Few responses: packed rows, so that one or two programs serve all lengths. Many: trunks with branches.
 
-    Of trunks and branches, each pair of widths is a program; but rows of many responses would be long, and most of
-    their tokens see nothing of each other.
+    Of trunks and branches, each pair of widths is a program, and they are for responses of like lengths (see `_units`):
+    in rows, most tokens of many responses would see nothing of each other.
     """
     if len(items[0].responses) > FEW:
       return super().lay_out(items, at_once, tokens)
     packed = [Item(item.prompt, item.responses) for item in items]
-    return Packing(packed, at_once, tokens, batch_ways(self.mesh), roomy_layout(packed, at_once))
+    return Packing(packed, at_once, tokens, batch_ways(self.mesh), roomy=True)
+
+  def _units(self, items: Sequence[Encoded]) -> Iterator[tuple[int, Sequence[int], Encoded]]:
+    """Whole items where few tokens pad them; else a few responses of like lengths each, with a prompt of their own."""
+    parts = [_by_length(item) for item in items]
+    tokens = [
+      len(item.prompt) + sum(len(item.responses[k]) for k in part)
+      for item, of in zip(items, parts, strict=True)
+      for part in of
+    ]
+    length = round_up(max(tokens, default=0), MULTIPLE)
+    in_rows = ROOM * (1 + length / ATTENTION) * sum(tokens)
+    divided = in_rows < sum(self.tokens(item, self.steps) for item in items)
+    for index, (item, of) in enumerate(zip(items, parts, strict=True)):
+      for part in of if divided else [range(len(item.responses))]:
+        responses, cut = ([values[k] for k in part] for values in (item.responses, item.cut))
+        yield index, part, item._replace(responses=responses, cut=cut)
 
 
 class EncoderEngine(RewardEngine):
@@ -264,38 +303,57 @@ class EncoderEngine(RewardEngine):
 
   def rewards(self, module, batch: Rows) -> Float[Array, "batch k"]:
     """The reward of each row."""
-    width = batch.tokens.shape[-1]
-    mask = np.arange(width) < batch.length.reshape(-1, 1)
-    flat = module(
-      batch.tokens.reshape(-1, width),
-      mask,
-      batch.token_types.reshape(-1, width) if self.model.config.type_vocab > 1 else None,
-      mesh=self.mesh,
-      dtype=self.model.dtype,
-      remat=self.model.remat,
-    )
-    return flat.reshape(batch.length.shape)
+    return module(*self._flat(batch), **self._how).reshape(batch.length.shape)
 
-  def _units(self, items: Sequence[Encoded]) -> Iterator[tuple[int, int, Encoded]]:
+  def features(self, module, batch: Rows) -> Float[Array, "batch k pooled"]:
+    """What is left of each row before the last map."""
+    return module.features(*self._flat(batch), **self._how).reshape(*batch.length.shape, -1)
+
+  def _flat(self, batch: Rows):
+    """Tokens, mask and token types of all rows."""
+    width = batch.tokens.shape[-1]
+    types = batch.token_types.reshape(-1, width) if self.model.config.type_vocab > 1 else None
+    return batch.tokens.reshape(-1, width), np.arange(width) < batch.length.reshape(-1, 1), types
+
+  def _units(self, items: Sequence[Encoded]) -> Iterator[tuple[int, Sequence[int], Encoded]]:
     for index, item in enumerate(items):
       for k, row in enumerate(item.responses):
-        yield index, k, Encoded([], [row], [item.types[k]], [item.cut[k]])
+        yield index, [k], Encoded([], [row], [item.types[k]], [item.cut[k]])
+
+
+def _by_length(item: Encoded) -> list[list[int]]:
+  """The responses, longest first, in as few parts of a few as there can be."""
+  count = len(item.responses)
+  order = sorted(range(count), key=lambda k: (-len(item.responses[k]), k))
+  size = -(-count // -(-count // FEW))
+  return [order[start : start + size] for start in range(0, count, size)]
 
 
 @functools.lru_cache(maxsize=8)
-def build_reward_engine(model: ModelHandle, mesh: Mesh, settings: RewardModel) -> RewardEngine:
-  """The engine of a reward model; equal arguments share compiled programs."""
-  kind = EncoderEngine if isinstance(model.config, EncoderConfig) else DecoderEngine
-  return kind(model, mesh, settings)
+def build_reward_engine(
+  model: ModelHandle, mesh: Mesh, settings: RewardModel, chat_template: Path | None = None
+) -> RewardEngine:
+  """The engine of a reward model; equal arguments share compiled programs.
+
+  `chat_template` is what a decoder reads conversations by, if not by that of its folder.
+  """
+  if isinstance(model.config, EncoderConfig):
+    return EncoderEngine(model, mesh, settings)
+  return DecoderEngine(model, mesh, settings, chat_template)
 
 
-def check_reader(folder: Path) -> ModelConfig:
+def check_reader(folder: Path, chat_template: Path | None = None) -> ModelConfig:
   """The configuration of a folder that can become a reward engine, with or without a reward head.
 
   Raises UserError, before a device is touched, for an unknown architecture, missing weights or no way to read text.
   """
   config = read_config(folder)
-  (Chat.load if isinstance(config, DecoderConfig) else load_tokenizer)(folder)
+  if isinstance(config, DecoderConfig):
+    Chat.load(folder, chat_template)
+  elif chat_template:
+    raise UserError(f"{chat_template}: a {config.family} reads pairs of texts, by no chat template; leave it out")
+  else:
+    load_tokenizer(folder)
   WeightFiles(folder)
   return config
 
