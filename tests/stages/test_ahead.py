@@ -1,16 +1,17 @@
 """Judging while sampling: the same verdicts for the same money, most of them before the last prompt is complete."""
 
+import json
 import re
 
 import pytest
 import tiny
-from chat_server import ChatServer
+from chat_server import ChatServer, completion
 from stages.judging import QUIET
 from teachers.asked import KEY, endpoint
 
 from tsalign_jax.config import load_config
 from tsalign_jax.data.tables import read_table
-from tsalign_jax.loop import run_steps
+from tsalign_jax.loop import run, run_steps
 from tsalign_jax.manifest import Manifest
 from tsalign_jax.recipes.ts_align import ts_align
 from tsalign_jax.stages import ahead
@@ -92,3 +93,25 @@ def test_a_teacher_without_a_network_is_not_asked_ahead(tmp_path):
   config = load_config(tiny.run_config(tmp_path))
   for step in ts_align(config):
     assert "mining" not in step.options and (step.stage_name != "sample" or "student" not in step.reads)
+
+
+def test_the_key_is_in_no_file_of_a_whole_run(server, tmp_path):
+  """Also where the server repeats it: in answers, in its model's name, and in the errors that come before them."""
+  server.answer = lambda content: (
+    completion(f"<think>I was called with {KEY}.</think>{longer(content)}") | {"model": KEY}
+  )
+  config = configured(tmp_path / "run", server)
+  judge = {"kind": "llm_judge", "model": "judge-2", "endpoint": endpoint(server, concurrency=2)}
+  config = load_config(tmp_path / "run" / "config.yaml", [f"evaluation.judges.other={json.dumps(judge)}"])
+  server.reset(["401"])
+  with pytest.raises(UserError) as refusal:
+    run(config, QUIET)
+  server.reset(["429", "500", "garbage"])
+  run(config, QUIET)
+  assert KEY not in str(refusal.value) and len(server.log) > 100
+  assert {request.headers["authorization"] for request in server.log} == {f"Bearer {KEY}"}
+  files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+  seen = {file.name for file in files}
+  assert seen >= {"config.yaml", "manifest.json", "metrics.json", "report.html", "verdicts.sqlite", "ledger.sqlite"}
+  assert seen >= {"responses.parquet", "verdicts.parquet", "comparisons.parquet", "align.jsonl"}
+  assert not [file for file in files if KEY.encode() in file.read_bytes()]

@@ -21,6 +21,7 @@ from tsalign_jax.config import load_config
 from tsalign_jax.data.tables import read_table
 from tsalign_jax.pairing.statistics import win_rate
 from tsalign_jax.stages import evaluate
+from tsalign_jax.stages import judge as judge_stage
 from tsalign_jax.stages.judge import judge
 from tsalign_jax.stages.pair import pair
 from tsalign_jax.teachers.build import build_teacher
@@ -100,7 +101,13 @@ def test_any_schedule_of_faults_leaves_each_pair_true_or_an_error_and_nothing_pa
     assert len(set(paid) & {request.content for request in server.log}) <= late
 
 
-def test_killed_and_continued_judging_gives_the_same_verdicts_and_pays_for_no_stored_answer_again(server, tmp_path):
+FLAKY = [fault for name in ("429", "garbage", "500", "reset", "empty", "503", "cut") for fault in (name, None, None)]
+
+
+@pytest.mark.parametrize("faults", [[], FLAKY], ids=["well", "flaky"])
+def test_killed_and_continued_judging_gives_the_same_verdicts_and_pays_for_no_stored_answer_again(
+  faults, server, tmp_path
+):
   asked = pairs(45)
   for name in ("undisturbed", "killed"):
     (tmp_path / name).mkdir()
@@ -110,12 +117,12 @@ def test_killed_and_continued_judging_gives_the_same_verdicts_and_pays_for_no_st
   questions = len(server.log)
   assert questions == len({request.content for request in server.log}) == 60
 
-  server.reset()
+  server.reset(faults)
   server.delay = 0.02
   command = [sys.executable, judging.__file__, tmp_path / "killed" / "config.yaml"]
   environment = os.environ | {"PYTHONPATH": str(Path(judging.__file__).parents[1]), "JAX_PLATFORMS": "nothing"}
   process = subprocess.Popen(command, env=environment)
-  while len(server.charged) < 20:
+  while len(server.charged) < 30:
     assert process.poll() is None
     time.sleep(0.005)
   process.send_signal(signal.SIGKILL)
@@ -124,7 +131,8 @@ def test_killed_and_continued_judging_gives_the_same_verdicts_and_pays_for_no_st
   stored = rows(killed / "verdicts.sqlite", "SELECT count(*) FROM answers")[0][0]
   assert not (killed / "round_01" / "verdicts.parquet").exists() and 10 <= stored < questions
   time.sleep(0.2)  # what was under way arrives
-  paid = [request.content for request in server.charged]
+  paid = [request.content for request in server.charged if request.fault is None]
+  assert len(server.log) > len(paid) or not faults
   assert len(paid) - stored <= 3 + 1  # a slot may have been taken again before its answer was noted
   assert {each.outcome: each.requests for each in accounts(killed / "ledger.sqlite")}["answered"] >= stored - 1
 
@@ -136,6 +144,24 @@ def test_killed_and_continued_judging_gives_the_same_verdicts_and_pays_for_no_st
   assert tables[0] == tables[1] and len(tables[0]) == 45
   unknown = rows(killed / "ledger.sqlite", "SELECT count(*), min(cost) FROM attempts WHERE outcome = 'sent'")[0]
   assert unknown[0] <= 3 and (unknown[1] or 1) > 0
+
+
+def test_what_failed_before_a_stop_is_asked_again_when_the_stage_goes_on(server, tmp_path, monkeypatch):
+  monkeypatch.setattr(judge_stage, "BATCH", 2)
+  judging.write_inputs(tmp_path / "inputs", ASKED)
+  limits = {"concurrency": 1, "retries": 0, "max_failure_rate": 1.0}
+  config = load_config(judging.config_file(tmp_path, teacher(server, **limits)))
+  server.reset(["500", *[None] * 4, "401"])
+  with pytest.raises(UserError, match="refused a request"):
+    judging.run(config)
+  done = [read_table(file) for file in sorted((tmp_path / "run/round_01/judge.partial").glob("*.parquet"))]
+  assert [row["verdict"] == Verdict.ERROR for rows in done for row in rows].count(True) == 1
+  stored = {request.content for request in server.charged}
+  server.reset()
+  judging.run(config)
+  verdicts = read_table(tmp_path / "run/round_01/verdicts.parquet")
+  assert [row["verdict"] for row in verdicts] == [truth(each) for each in ASKED]
+  assert not stored & {request.content for request in server.log}
 
 
 def test_key_is_in_no_file_of_a_run(server, tmp_path):

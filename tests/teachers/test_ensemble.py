@@ -72,6 +72,10 @@ MEANS = [
   ([(F, 0.9), (S, 0.3), (S, 0.4)], F, 0.533),
   ([(F, 0.9), (S, 0.0), (I, None)], S, 0.467),
   ([(F, None), (S, None)], T, 0.5),
+  ([(I, 0.95), (S, 0.3)], S, 0.4),  # what contradicts itself decides nothing
+  ([(I, 0.95), (T, None)], T, 0.5),
+  ([(I, 0.6), (I, 0.6)], I, 0.5),
+  ([(I, 0.6), (E, None)], E, None),
   ([(F, 0.9), (F, 0.9), (E, None)], F, 0.9),
   ([(F, 0.7), (F, 0.7), (E, None)], E, None),
   ([(S, 0.1), (S, 0.2), (E, None)], S, 0.15),
@@ -96,6 +100,28 @@ def test_evidence_holds_every_member_and_their_agreement():
     "evidence": {"why": 1},
   }
   assert not any(member.open for member in members)
+
+
+def test_where_all_fail_nobody_agrees():
+  with Ensemble([Fixed("one", Judgement(E)), Fixed("two", Judgement(E))], "majority", "teacher") as teacher:
+    judgement = teacher.judge([PAIR])[0]
+  assert judgement.verdict == E and "agreement" not in judgement.evidence and len(judgement.evidence["members"]) == 2
+
+
+def test_members_behind_a_network_are_asked_before_those_here_work():
+  order = []
+
+  class Noting(Fixed):
+    def submit(self, pairs):
+      order.append(self.identity)
+      return super().submit(pairs)
+
+  members = [Noting("here", Judgement(F)), Noting("far", Judgement(S)), Noting("also here", Judgement(F))]
+  members[1].remote = True
+  with Ensemble(members, "majority", "teacher") as teacher:
+    judgement = teacher.judge([PAIR])[0]
+  assert order == ["far", "here", "also here"]
+  assert [member["teacher"] for member in judgement.evidence["members"]] == ["here", "far", "also here"]
 
 
 def test_trouble_of_a_member_reaches_the_caller_and_everything_is_closed():

@@ -12,7 +12,6 @@ from chat_server import FAULTS, REFUSALS, TRANSIENT, UNREADABLE, completion
 from chat_server import truth as honest
 from teachers.asked import KEY, Waits, judge, pair, pairs, rows, truth
 
-from tsalign_jax.teachers.chat_teacher import ChatTeacher
 from tsalign_jax.types import UserError, Verdict
 
 PRICES = {"input_price": 1000.0, "output_price": 1000.0}  # an answer of the test server costs 0.11
@@ -284,6 +283,14 @@ def test_key_must_be_in_the_environment(server, tmp_path, monkeypatch):
   assert server.log[0].headers["authorization"] == "Bearer none"
 
 
+@pytest.mark.parametrize("key", ["sk-secret-one\nsecret-two", "sk-secret one", "sk-sécret-one", "sk-secret\x07one"])
+def test_key_that_no_header_could_carry_is_refused_and_not_repeated(key, server, tmp_path, monkeypatch):
+  monkeypatch.setenv("JUDGE_KEY", key)
+  with pytest.raises(UserError, match=r"the environment variable JUDGE_KEY holds a space, a line break") as error:
+    judge(server, tmp_path)
+  assert "cret" not in str(error.value)
+
+
 def test_key_that_the_server_repeats_is_taken_out_of_evidence_and_files(server, tmp_path):
   server.answer = lambda content: completion(f"<think>I was called with {KEY}.</think>A") | {"model": KEY}
   with judge(server, tmp_path) as teacher:
@@ -370,8 +377,3 @@ def test_file_that_is_no_store_is_named(server, tmp_path):
   (tmp_path / "verdicts.sqlite").write_text("not a database, but long enough to be looked at" * 10)
   with pytest.raises(UserError, match=r"verdicts.sqlite: cannot be used as an SQLite file"), judge(server, tmp_path):
     pass
-
-
-def test_every_teacher_behind_a_network_says_what_it_asks():
-  with pytest.raises(NotImplementedError):
-    ChatTeacher.question(None, None, "", "")

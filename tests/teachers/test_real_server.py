@@ -81,8 +81,12 @@ def test_judge_returns_verdicts_or_errors_with_a_valid_ledger(url, tmp_path):
   with LLMJudge(JudgeTeacher(**common(url)), tmp_path, "teacher", Clock()) as teacher:
     judged = teacher.judge(pairs())
     spent = teacher.note()
-  assert len(judged) == 2 and all(each.verdict in Verdict for each in judged)
-  assert all(("failure" in str(each.evidence)) == (each.verdict == Verdict.ERROR) for each in judged)
+  assert len(judged) == 2
+  for each in judged:  # what two answers add up to, or the reason why one is missing
+    slots, failures = ([a[key] for a in each.evidence["answers"] if key in a] for key in ("slot", "failure"))
+    assert len(slots) + len(failures) == 2 and all(failures)
+    agreed = {("A", "B"): Verdict.FIRST, ("B", "A"): Verdict.SECOND, ("C", "C"): Verdict.TIE}
+    assert each.verdict == (Verdict.ERROR if failures else agreed.get(tuple(slots), Verdict.INCONSISTENT))
   assert "tokens, cost" in spent
   check_ledger(tmp_path, 4)
 

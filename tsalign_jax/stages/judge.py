@@ -19,6 +19,7 @@ def judge(job: Job) -> Counts:
   texts = {(row["prompt_id"], row["response_id"]): row["text"] for row in read_table(job.reads["responses"])}
   candidates = read_table(job.reads["candidates"], used_only=True)
   groups = [candidates[start : start + BATCH] for start in range(0, len(candidates), BATCH)]
+  _forget_failures(job)
   pace = Pace()
   with build_teacher(job.config) as teacher, job.progress(len(candidates), "pairs") as advance:
     for index, file in shards(job, len(groups)):
@@ -34,6 +35,13 @@ def judge(job: Job) -> Counts:
   verdicts = dict(sorted(Counter(row["verdict"] for row in table).items()))
   shares = statistics(judged).shares()
   return {"teacher": teacher.identity, "verdicts": verdicts, "judging": work._asdict(), **shares}
+
+
+def _forget_failures(job: Job) -> None:
+  """Removes the parts in which an earlier attempt failed, so that what failed is tried again; answers are stored."""
+  for file in job.partial.glob("*.parquet"):
+    if any(row["verdict"] == Verdict.ERROR for row in read_table(file)):
+      file.unlink()
 
 
 def _texts(texts: dict[tuple[int, int], str], row: dict) -> tuple[str, str]:

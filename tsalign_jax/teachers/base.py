@@ -8,7 +8,7 @@ from tsalign_jax.types import CandidatePair, Judgement, Prompt
 
 
 class Work(NamedTuple):
-  """What a teacher behind a network has judged since it was opened, and for how long it was asked anything."""
+  """What a teacher has judged since it was opened, and for how long it was at work: not what was stored before."""
 
   pairs: float
   seconds: float
@@ -22,6 +22,7 @@ class Teacher(Protocol):
   """
 
   identity: str
+  remote = False  # whether it waits for a network
 
   def validate_prompts(self, prompts: Sequence[Prompt], source: str) -> None:
     """Raises UserError that names the first row of `source` which this teacher could not judge."""
@@ -45,7 +46,7 @@ class Teacher(Protocol):
     return []
 
   def worked(self) -> Work | None:
-    """What it has judged; None of a teacher without a network, whose speed shows from outside."""
+    """What it has judged; None of a teacher whose speed shows from outside."""
     return None
 
   def scores(self, asked: Sequence[tuple[Prompt, Sequence[str]]]) -> list[list[float]] | None:

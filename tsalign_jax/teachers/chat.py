@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -137,6 +138,12 @@ def _key(endpoint: Endpoint, where: str) -> str:
     raise UserError(
       f"{where}.endpoint.api_key_env: the environment variable {name} is not set; export it, or say null for a server "
       "that asks for no key"
+    )
+  if not re.fullmatch("[!-~]+", key):
+    # The client would quote such a key in its error, and otherwise than it is written.
+    raise UserError(
+      f"{where}.endpoint.api_key_env: the environment variable {name} holds a space, a line break or another character "
+      "that no key has; set it to the key alone"
     )
   return key
 

@@ -1,5 +1,6 @@
 """What teachers behind a chat endpoint share: asking about a pair in both orders, and what the answers add up to."""
 
+import abc
 import dataclasses
 import hashlib
 import json
@@ -27,6 +28,8 @@ class ChatTeacher(Teacher):
   asked in one order serves another run that asks in both.
   """
 
+  remote = True
+
   def __init__(self, kind: str, settings: Settings, content: dict[str, Any], run: Path, where: str, clock: Clock):
     """`content` is whatever the answers depend on beyond model and sampling; `where` the key in the configuration."""
     content |= {"rules": RULES, "model": settings.model, "extra_body": settings.extra_body}
@@ -37,9 +40,9 @@ class ChatTeacher(Teacher):
     self._both_orders = settings.both_orders
     self._asker = Asker(answerer, settings, run, where, clock)
 
+  @abc.abstractmethod
   def question(self, prompt: Prompt, first: str, second: str) -> Question:
     """What is asked about two responses."""
-    raise NotImplementedError
 
   def slot(self, answer: Answer) -> str:
     """Which of the two the answer prefers: A (shown first), B or C (neither)."""

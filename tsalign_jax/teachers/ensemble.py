@@ -38,20 +38,21 @@ class Ensemble(Teacher):
       member.validate_prompts(prompts, source)
 
   def judge(self, pairs: Sequence[CandidatePair]) -> list[Judgement]:
-    """One judgement for each pair, in order. Evidence: each member's judgement, and how many of them agree."""
+    """One judgement for each pair, in order. Evidence: each member's judgement, and the share that gave the verdict."""
     return self.submit(pairs).result()
 
   def submit(self, pairs: Sequence[CandidatePair]) -> Future[list[Judgement]]:
     """The judgements, in the future."""
-    asked = [member.submit(pairs) for member in self._members]
-    return self._waiting.submit(lambda: self._votes([future.result() for future in asked]))
+    # Members here work before `submit` returns, so those behind a network are asked before them.
+    asked = {member: member.submit(pairs) for member in sorted(self._members, key=lambda member: not member.remote)}
+    return self._waiting.submit(lambda: self._votes([asked[member].result() for member in self._members]))
 
   def ahead(self, pairs: Sequence[CandidatePair]) -> list[Future]:
     """Begins with members behind a network."""
     return [future for member in self._members for future in member.ahead(pairs)]
 
   def worked(self) -> Work | None:
-    """The work of the member that took longest, of those behind a network."""
+    """The work of the member that took longest, of those that know theirs."""
     known = [work for member in self._members if (work := member.worked())]
     return max(known, key=lambda work: work.seconds, default=None)
 
@@ -79,6 +80,8 @@ class Ensemble(Teacher):
       {"teacher": member.identity, "verdict": each.verdict, "probability": each.probability, "evidence": each.evidence}
       for member, each in zip(self._members, judgements, strict=True)
     ]
+    if verdict == Verdict.ERROR:
+      return Judgement(verdict, probability, {"members": members})
     agreement = sum(each.verdict == verdict for each in judgements) / len(judgements)
     return Judgement(verdict, probability, {"agreement": agreement, "members": members})
 
@@ -100,9 +103,13 @@ def majority(judgements: Sequence[Judgement]) -> tuple[Verdict, float | None]:
 def mean(judgements: Sequence[Judgement]) -> tuple[Verdict, float | None]:
   """The side of 0.5 on which the mean probability lies, wherever between 0 and 1 the failed members' would be.
 
-  A member without a probability counts as 1, 0.5 or 0, and as 0.5 where it contradicts itself.
+  A member without a probability counts as 1, 0.5 or 0; one that contradicts itself counts as 0.5, whatever its
+  probability. Where all members contradict themselves, so does the ensemble.
   """
   failed = sum(each.verdict == Verdict.ERROR for each in judgements)
+  undecided = sum(each.verdict == Verdict.INCONSISTENT for each in judgements)
+  if undecided + failed == len(judgements):
+    return (Verdict.ERROR, None) if failed else (Verdict.INCONSISTENT, 0.5)
   least = sum(_probability(each) for each in judgements if each.verdict != Verdict.ERROR) / len(judgements)
   most = least + failed / len(judgements)
   if least > 0.5:
@@ -118,4 +125,5 @@ def _mean(judgements: Sequence[Judgement]) -> float | None:
 
 
 def _probability(judgement: Judgement) -> float:
-  return POINTS[judgement.verdict] if judgement.probability is None else judgement.probability
+  unknown = judgement.probability is None or judgement.verdict == Verdict.INCONSISTENT
+  return POINTS[judgement.verdict] if unknown else judgement.probability

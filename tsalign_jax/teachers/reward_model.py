@@ -1,7 +1,7 @@
 """The `reward_model` teacher: a reward model scores each response by itself, and the higher score wins.
 
 It reads messages and text through its own tokenizer and chat template, and shares no tokens with policy or student.
-A response that was scored once in a run is not scored again: scores are stored by prompt and response.
+A response that was scored once is not scored again: scores are stored by prompt and response, for a run or for several.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ import numpy as np
 from tsalign_jax.config import Mesh
 from tsalign_jax.config import RewardModelTeacher as Settings
 from tsalign_jax.data.chat import Chat
-from tsalign_jax.manifest import fingerprint
+from tsalign_jax.data.files import fingerprint
 from tsalign_jax.models.config import DecoderConfig
 from tsalign_jax.models.loading import reward_model
 from tsalign_jax.pairing.statistics import sign
 from tsalign_jax.parallel.mesh import make_mesh
 from tsalign_jax.scoring.reward import Encoded, RewardEngine, build_reward_engine, check_reader
-from tsalign_jax.teachers.base import Teacher
+from tsalign_jax.teachers.base import Teacher, Work
 from tsalign_jax.teachers.store import STORE, Score, ScoreStore
 from tsalign_jax.types import CandidatePair, Conversation, Judgement, Prompt, UserError
 
@@ -68,6 +68,10 @@ class RewardModelTeacher(Teacher):
     found = iter(self._known([(prompt.messages, text) for prompt, responses in asked for text in responses]))
     return [[next(found).value for _ in responses] for _, responses in asked]
 
+  def worked(self) -> Work:
+    """Pairs that were scored here, as two responses each, without the time of loading the model."""
+    return self._work
+
   def note(self) -> str:
     """How much has been scored in this run so far."""
     total = self._store.total(self.identity)
@@ -75,7 +79,8 @@ class RewardModelTeacher(Teacher):
     return f"{total.responses:,} responses scored{cut}"
 
   def __enter__(self) -> Self:
-    self._store = ScoreStore(self._run / STORE)
+    self._store = ScoreStore(self._settings.store or self._run / STORE)
+    self._work = Work(0.0, 0.0)
     return self
 
   def __exit__(self, *exception: object) -> None:
@@ -100,7 +105,9 @@ class RewardModelTeacher(Teacher):
     started = time.monotonic()
     rows = [each for row in _rows(asked) for each in _encoded(engine, asked, row)]
     found = dict(engine.score(params, [item for _, item in rows]))
-    seconds = (time.monotonic() - started) / len(asked)
+    taken = time.monotonic() - started
+    self._work = Work(self._work.pairs + len(asked) / 2, self._work.seconds + taken)
+    seconds = taken / len(asked)
     scores: dict[int, Score] = {}
     for number, (indices, item) in enumerate(rows):
       for index, *score in zip(indices, found[number], item.lengths, item.cut, strict=True):
