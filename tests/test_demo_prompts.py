@@ -1,7 +1,6 @@
 """Generated prompts: reproducible, split cleanly, and telling the policy just what the checks verify."""
 
 import itertools
-import json
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +11,6 @@ from tsalign_jax.demo_prompts import (
   activities,
   combinations,
   generate,
-  write_jsonl,
 )
 from tsalign_jax.teachers.checks import failed, validate
 from tsalign_jax.types import UserError
@@ -133,9 +131,3 @@ def test_more_rows_than_there_are_prompts_are_refused():
     generate(10**6, 1, seed=0)
   with pytest.raises(UserError, match=r"^-1 heldout prompts"):
     generate(1, -1, seed=0)
-
-
-def test_written_file_holds_one_row_a_line_and_nothing_is_left_beside_it(tmp_path):
-  path = write_jsonl(TRAIN[:5], tmp_path / "data" / "train.jsonl")
-  assert [json.loads(line) for line in path.read_text().splitlines()] == TRAIN[:5]
-  assert list(path.parent.iterdir()) == [path]

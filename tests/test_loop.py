@@ -45,7 +45,9 @@ def metrics_of(folder) -> dict:
 def setting(tmp_path_factory):
   """A tiny configuration, and the metrics of an undisturbed run of it in a process of its own."""
   folder = tmp_path_factory.mktemp("setting")
-  config = tiny.run_config(folder, evaluation={"resamples": 200, "judges": {"twin": {}}})
+  # A judge that differs from the teacher where a prompt brings no checks of its own, and here all do.
+  twin = {"default": [{"name": "max_words", "limit": 9}]}
+  config = tiny.run_config(folder, evaluation={"resamples": 200, "judges": {"twin": twin}})
   subprocess.run([*COMMAND, config], check=True, env=_one_device(), stdout=subprocess.DEVNULL)
   return folder, config
 
@@ -67,7 +69,7 @@ def test_a_run_leaves_every_table_and_metric(setting):
   for found in metrics["student_calibration"].values():
     assert 0 <= found["error"] <= 0.5 and sum(each["pairs"] for each in found["bins"]) > 8
   assert metrics["student_regret"]["prompts"] == 8 and 0 <= metrics["student_regret"]["pick"] <= 1
-  twin = metrics["judges"]["twin"]  # the same checks as the teacher's, so it finds the same
+  twin = metrics["judges"]["twin"]  # it finds what the teacher finds
   assert twin == {name: metrics[name] for name in twin} and "win_rate_ci" in twin
   for row in pq.read_table(folder / "run" / "round_02" / "comparisons.parquet").to_pylist():
     assert json.loads(row["others"]) == {"twin": row["verdict"]}
@@ -151,7 +153,8 @@ def test_killed_over_and_over_it_still_ends_the_same(setting, tmp_path):
 
 def test_eight_devices_give_the_single_device_result(setting, tmp_path):
   folder, config = setting
-  settings = load_config(config, [f"run={tmp_path / 'run'}", "mesh.fsdp=4", "mesh.tensor=2", "rounds=1"])
+  spread = ["mesh.fsdp=4", "mesh.tensor=2", "sampling_mesh={data: 2, fsdp: 2, tensor: 2}"]
+  settings = load_config(config, [f"run={tmp_path / 'run'}", *spread, "rounds=1"])
   assert len(jax.devices()) == 8
   run(settings, QUIET)
   ours, theirs = metrics_of(tmp_path / "run"), metrics_of(folder / "run" / "round_01")
@@ -189,6 +192,13 @@ def test_teacher_that_changed_behind_the_configuration_is_named_and_refused(sett
     UserError, match=r"teacher: this run began with 'checks-\w+', which now is 'checks-\w+'; put back"
   ):
     run(settings, QUIET)
+
+
+def test_the_teacher_as_a_further_judge_is_refused_before_anything_happens(tmp_path):
+  config = tiny.run_config(tmp_path, evaluation={"judges": {"gold": {}}})
+  with pytest.raises(UserError, match=r"evaluation.judges.gold: this is the teacher again, who labels the pairs"):
+    run(load_config(config), QUIET)
+  assert not (tmp_path / "run" / "manifest.json").exists()
 
 
 def test_damaged_artifact_is_named_and_refused(setting, tmp_path):

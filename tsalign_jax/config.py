@@ -154,6 +154,8 @@ class RewardModelTeacher(RewardModel):
 
   kind: Literal["reward_model"] = "reward_model"
   """Which kind of teacher this is."""
+  store: Path | None = None
+  """SQLite file of scores, to share between runs; null keeps them in the run folder."""
 
   def sources(self) -> list[str | Path]:
     """What the verdicts depend on: the model's folder."""
@@ -161,7 +163,11 @@ class RewardModelTeacher(RewardModel):
 
 
 class Endpoint(Section):
-  """A chat server and how it may be used. No verdict depends on this, so all of it may change within a run."""
+  """A chat server and how it may be used; all of it may change within a run.
+
+  Answers are stored under the model's name and not the server's: where two servers call different models the same, give
+  each its own `store`.
+  """
 
   base_url: str
   """Where an OpenAI-compatible server answers: https://api.openai.com/v1, http://localhost:8000/v1."""
@@ -174,7 +180,7 @@ class Endpoint(Section):
   retries: Annotated[int, Field(ge=0)] = 6
   """Times a question is sent again after a 429, 408 or 5xx, a time-out or a dropped connection."""
   backoff: Positive = 1.0
-  """Seconds before the first of these; they double each time, give or take a derived jitter."""
+  """Seconds before the first of these; they double each time, less a derived jitter of up to half."""
   max_wait: Positive = 60.0
   """Longest wait in seconds; a question for which the server (Retry-After) asks for more has failed."""
   reasks: Annotated[int, Field(ge=0)] = 2
@@ -371,6 +377,8 @@ class Evaluation(Section):
   """Temperature of these answers."""
   resamples: Count = 2000
   """Bootstrap resamples of the prompts behind the 95% interval."""
+  student_prompts: Annotated[int, Field(ge=0)] = 128
+  """Held-out prompts on whose answers student and teacher are compared, for up to 6 more verdicts each; 0: none."""
   regret_prompts: Annotated[int, Field(ge=0)] = 64
   """Prompts of a round whose responses a teacher that gives scores sees all, for the student's regret; 0: none."""
   judges: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], SomeTeacher] = {}
@@ -417,6 +425,8 @@ class Config(Section):
   """How the result is measured."""
   mesh: Mesh = Mesh()
   """How devices are arranged."""
+  sampling_mesh: Mesh | None = None
+  """How they are while the policy samples, if otherwise: without fsdp, no step has to gather the weights."""
 
   @model_validator(mode="after")
   def _warm_start_distils(self):
@@ -436,6 +446,13 @@ class Pairs(Section):
   """Column of the training pairs that says by how much the chosen response's score should be ahead; null: none."""
 
 
+class TrainedModel(RewardModel):
+  """The reward model that `tsalign train-reward` trains."""
+
+  chat_template: Path | None = None
+  """For a decoder: a Jinja file in place of the folder's chat template, which the trained model keeps."""
+
+
 class RewardConfig(Section):
   """A training of a reward model, to be a teacher or a student: `tsalign train-reward`."""
 
@@ -443,12 +460,14 @@ class RewardConfig(Section):
   """The run folder: everything the training writes. The same command on the same folder continues."""
   seed: Annotated[int, Field(ge=0)] = 0
   """Everything random is derived from it."""
-  model: RewardModel
+  model: TrainedModel
   """What is trained: a reward model, or a language model or encoder, which gets a new reward head."""
   pairs: Pairs
   """What it learns from, and is measured on."""
   training: RewardTraining = RewardTraining()
   """How it learns."""
+  probe: bool = False
+  """First fit the reward head alone to the pairs (LP-FT, Kumar et al. 2022): for a new head and few pairs."""
   resamples: Count = 2000
   """Bootstrap resamples of the held-out prompts behind the 95% intervals."""
   mesh: Mesh = Mesh()

@@ -10,10 +10,8 @@ Held-out prompts are about activities that no training prompt has, and combine c
 """
 
 import itertools
-import json
 import random
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
 from tsalign_jax.types import UserError
@@ -207,15 +205,6 @@ def generate(count_train: int, count_heldout: int, seed: int) -> tuple[list[dict
   Raises UserError for more rows than there are prompts.
   """
   return _rows(count_train, seed, heldout=False), _rows(count_heldout, seed, heldout=True)
-
-
-def write_jsonl(rows: Sequence[dict], path: str | Path) -> Path:
-  """The path, now a file of one JSON object a line, complete or not there at all."""
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_name(path.name + ".tmp")
-  unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-  return unfinished.replace(path)
 
 
 def _rows(count: int, seed: int, *, heldout: bool) -> list[dict]:

@@ -14,8 +14,8 @@ import yaml
 
 from tsalign_jax.config import Config, RewardConfig, changed_keys, dump_config, load_config
 from tsalign_jax.data.chat import Chat
-from tsalign_jax.data.files import read_preferences, read_prompts
-from tsalign_jax.manifest import Manifest, fingerprint, write_json
+from tsalign_jax.data.files import fingerprint, read_preferences, read_prompts
+from tsalign_jax.manifest import Manifest, write_json
 from tsalign_jax.models.hf import WeightFiles
 from tsalign_jax.models.loading import policy_config
 from tsalign_jax.models.lora import check_targets
@@ -166,8 +166,11 @@ def _check_inputs(config: Config) -> Teacher:
     )
   if config.student.warm_start is None and not student.reward_head:
     raise UserError(f"student.path: {config.student.path} has no reward head; set student.warm_start to train one")
-  teacher, judges = build_teacher(config), build_judges(config).values()
-  for source, readers in ((config.prompts.train, [teacher]), (config.prompts.heldout, [teacher, *judges])):
+  teacher, judges = build_teacher(config), build_judges(config)
+  for name, judge in judges.items():
+    if judge.identity == teacher.identity:
+      raise UserError(f"evaluation.judges.{name}: this is the teacher again, who labels the pairs; remove it")
+  for source, readers in ((config.prompts.train, [teacher]), (config.prompts.heldout, [teacher, *judges.values()])):
     prompts = read_prompts(source)
     for reader in readers:
       reader.validate_prompts(prompts, source)

@@ -1,7 +1,5 @@
 """The manifest of a run: which stages have committed, and the hash of everything that they read and wrote."""
 
-import functools
-import hashlib
 import json
 import math
 import os
@@ -9,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tsalign_jax.data.files import fingerprint
 from tsalign_jax.types import UserError
 
 # {"reads": {role: hash}, "writes": {path in the run folder: hash}, "seconds": float, "counts": {...}}
@@ -43,27 +42,6 @@ class Manifest:
         raise UserError(
           f"{path}: changed since stage {stage} read it; restore it, or start a new run folder for the new input"
         )
-
-
-def fingerprint(path: Path) -> str:
-  """SHA-256 of a file, or of the names and contents of all files below a folder.
-
-  Remembered while size and modification time stay: a model is read by many stages.
-  """
-  path = Path(path)
-  files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-  total = hashlib.sha256()
-  for file in files:
-    stat = file.stat()
-    total.update(f"{file.relative_to(path) if path.is_dir() else ''}\0".encode())
-    total.update(_file_digest(file, stat.st_size, stat.st_mtime_ns).encode())
-  return total.hexdigest()
-
-
-@functools.lru_cache(maxsize=4096)
-def _file_digest(file: Path, size: int, modified: int) -> str:
-  with file.open("rb") as content:
-    return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def write_json(file: Path, content: Any) -> None:

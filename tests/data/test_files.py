@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tsalign_jax.data.files import evenly, read_preferences, read_prompts
+from tsalign_jax.data.files import evenly, read_preferences, read_prompts, write_jsonl
 from tsalign_jax.types import PreferencePair, UserError
 
 USER = [{"role": "user", "content": "hi"}]
@@ -85,3 +85,10 @@ def test_empty_file_is_refused(tmp_path):
 )
 def test_a_limit_takes_rows_from_the_whole_file(most, taken):
   assert evenly(range(10), most) == taken
+
+
+def test_written_file_holds_one_row_a_line_and_nothing_is_left_beside_it(tmp_path):
+  rows = [{"prompt": USER}, {"prompt": "two\nlines, é"}]
+  path = write_jsonl(rows, tmp_path / "data" / "train.jsonl")
+  assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+  assert list(path.parent.iterdir()) == [path]

@@ -1,5 +1,7 @@
-"""Prompts and preference pairs from files, in the formats that TRL reads."""
+"""Prompts and preference pairs from and to files, in the formats that TRL reads; and what files hold, as a hash."""
 
+import functools
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -94,6 +96,36 @@ def conversation(value: Any, where: str) -> Conversation:
   if not any(message["role"] == "user" and message["content"].strip() for message in value):
     raise UserError(f"{where}: the prompt has no user turn; add a message with role user and some content")
   return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def write_jsonl(rows: Sequence[dict], path: str | Path) -> Path:
+  """The path, now a file of one JSON object a line, complete or not there at all."""
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = path.with_name(path.name + ".tmp")
+  unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+  return unfinished.replace(path)
+
+
+def fingerprint(path: Path) -> str:
+  """SHA-256 of a file, or of the names and contents of all files below a folder.
+
+  Remembered while size and modification time stay: a model is read by many stages.
+  """
+  path = Path(path)
+  files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+  total = hashlib.sha256()
+  for file in files:
+    stat = file.stat()
+    total.update(f"{file.relative_to(path) if path.is_dir() else ''}\0".encode())
+    total.update(_file_digest(file, stat.st_size, stat.st_mtime_ns).encode())
+  return total.hexdigest()
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_digest(file: Path, size: int, modified: int) -> str:
+  with file.open("rb") as content:
+    return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _preference(row: dict, where: str) -> PreferencePair:

@@ -91,6 +91,11 @@ def platform(mesh: Mesh) -> str:
   return mesh.devices.flat[0].platform
 
 
+def is_nvidia(mesh: Mesh) -> bool:
+  """Whether programs on this mesh run on NVIDIA GPUs; JAX calls others "gpu" as well."""
+  return platform(mesh) == "gpu" and mesh.devices.flat[0].device_kind.startswith("NVIDIA")
+
+
 def batch_ways(mesh: Mesh) -> int:
   """Over how many devices the first axis of a batch is split: batch sizes are multiples of it."""
   return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -129,9 +129,8 @@ def _label(config: Config, name: str, prompts: Path, scores: Path | None, option
   responses, candidates = folder / "responses.parquet", folder / "candidates.parquet"
   reads = {"responses": responses} | ({"scores": scores} if scores else {})
   yield Step(f"{name}/mine", mine, reads, {"candidates": "candidates.parquet"}, options)
-  reads = {"prompts": prompts, "responses": responses}
-  judged = reads | {"candidates": candidates} | _files({"teacher": config.teacher})
-  yield Step(f"{name}/judge", judge, judged, {"verdicts": "verdicts.parquet"})
+  reads = {"prompts": prompts, "responses": responses, "candidates": candidates}
+  yield Step(f"{name}/judge", judge, reads | _files({"teacher": config.teacher}), {"verdicts": "verdicts.parquet"})
   yield Step(f"{name}/pair", pair, reads | {"verdicts": folder / "verdicts.parquet"}, {"pairs": "pairs.parquet"})
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from tsalign_jax.config import Config, RewardConfig
 from tsalign_jax.data.tables import Rows, read_table
 from tsalign_jax.models.loading import ModelHandle, language_model, reward_model
+from tsalign_jax.parallel.mesh import make_mesh
 from tsalign_jax.seeding import derived_seed
 
 
@@ -44,6 +45,12 @@ class Job:
     return self.make_mesh()
 
   @property
+  def sampling_mesh(self) -> Mesh:
+    """The same devices as the policy samples on them."""
+    apart = self.config.sampling_mesh
+    return make_mesh(**apart.model_dump()) if apart else self.mesh
+
+  @property
   def seed(self) -> int:
     """A seed of this stage's own, from the configuration's seed and the stage's name."""
     return self.seed_of(self.name.rpartition("/")[2])
@@ -66,11 +73,12 @@ class Job:
     """The student's handle."""
     return reward_model(self.config.student)
 
-  def load(self, model: ModelHandle, source: Path) -> dict[str, jax.Array]:
-    """A model's parameters from its Hugging Face folder or from a checkpoint of this run."""
+  def load(self, model: ModelHandle, source: Path, mesh: Mesh | None = None) -> dict[str, jax.Array]:
+    """A model's parameters from its Hugging Face folder or from a checkpoint of this run, on the run's mesh or this."""
+    mesh = mesh or self.mesh
     if Path(source) == model.folder:
-      return model.load(self.mesh, head_key=jax.random.key(self.config.seed))
-    return model.restore(source, self.mesh)
+      return model.load(mesh, head_key=jax.random.key(self.config.seed))
+    return model.restore(source, mesh)
 
 
 class Pace:

@@ -1,5 +1,7 @@
 """How good the student is, asked of the teacher: accuracy, calibration, and what its picks cost."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from tsalign_jax.data.tables import Rows, by_prompt, read_table, to_prompt
@@ -20,10 +22,13 @@ def student_quality(job: Job, teacher: Teacher, prompts: dict[int, dict], answer
   """How often the first student and the one of this round order held-out answers as the teacher does.
 
   On random pairs, which are the same for both students, with their calibration there; and on mined ones, which are
-  each student's own best and worst of the same answers.
+  each student's own best and worst of the same answers. On some of the prompts; nothing where that is none.
   """
+  prompts = {i: prompts[i] for i in _some(job, "student", prompts, job.config.evaluation.student_prompts)}
+  if not prompts:
+    return {}
   engine = build_reward_engine(job.student(), job.mesh, job.config.student)
-  texts = {i: list(dict.fromkeys(row["text"] for row in rows)) for i, rows in answers.items()}
+  texts = {i: list(dict.fromkeys(row["text"] for row in rows)) for i, rows in answers.items() if i in prompts}
   texts = {i: choices for i, choices in texts.items() if len(choices) > 1}
   items = [engine.encode(prompts[i]["prompt"], choices) for i, choices in texts.items()]
 
@@ -57,13 +62,17 @@ def student_regret(job: Job, teacher: Teacher) -> Counts:
   """
   prompts = {row["prompt_id"]: to_prompt(row) for row in read_table(job.reads["train_prompts"])}
   responses, scores = (by_prompt(read_table(job.reads[name])) for name in ("responses", "scores"))
-  order = sorted(responses, key=lambda i: (derived_seed(job.config.seed, "regret", i), i))
-  chosen = order[: job.config.evaluation.regret_prompts]
+  chosen = _some(job, "regret", responses, job.config.evaluation.regret_prompts)
   found = teacher.scores([(prompts[i], [row["text"] for row in responses[i]]) for i in chosen]) if chosen else None
   if found is None:
     return {}
   picks = [int(np.argmax([row["score"] for row in scores[i]])) for i in chosen]
   return {"student_regret": regret(picks, [np.asarray(each) for each in found])._asdict()}
+
+
+def _some(job: Job, purpose: str, prompts: Iterable[int], most: int) -> list[int]:
+  """At most so many of these prompts, drawn for this purpose."""
+  return sorted(prompts, key=lambda i: (derived_seed(job.config.seed, purpose, i), i))[:most]
 
 
 def _margins(scores: dict[int, list[float]], pairs: Choices) -> list[float]:

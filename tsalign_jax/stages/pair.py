@@ -17,6 +17,10 @@ def pair(job: Job) -> Counts:
   """Writes `pairs`, one row a verdict, in a format that TRL reads. Raises UserError when no pair is left."""
   prompts = {row["prompt_id"]: row for row in read_table(job.reads["prompts"])}
   responses = {(row["prompt_id"], row["response_id"]): row for row in read_table(job.reads["responses"])}
+  margins = {
+    (row["prompt_id"], row["first"], row["second"]): row["margin"]
+    for row in read_table(job.reads["candidates"], used_only=True)
+  }
   table = []
   for row in read_table(job.reads["verdicts"]):
     order = ("first", "second") if row["verdict"] != Verdict.SECOND else ("second", "first")
@@ -30,7 +34,7 @@ def pair(job: Job) -> Counts:
         "prompt_tokens": prompts[row["prompt_id"]]["tokens"],
         "chosen_tokens": chosen["tokens"],
         "rejected_tokens": rejected["tokens"],
-        "flipped": row["verdict"] == Verdict.SECOND,
+        "flipped": _flipped(Verdict(row["verdict"]), margins[row["prompt_id"], row["first"], row["second"]]),
         "dropped": REASONS.get(Verdict(row["verdict"])),
       }
     )
@@ -39,5 +43,13 @@ def pair(job: Job) -> Counts:
   if not kept:
     raise UserError(f"{job.name}: the teacher decided no pair ({dict(dropped)}); sample more prompts or responses")
   write_table(job.writes["pairs"], table, PAIRS)
-  flips = sum(row["flipped"] for row in kept) / len(kept)
-  return {"pairs": len(kept), "flip_rate": flips, "dropped": dict(sorted(dropped.items()))}
+  flips = [row["flipped"] for row in kept if row["flipped"] is not None]
+  flip_rate = sum(flips) / len(flips) if flips else None
+  return {"pairs": len(kept), "flip_rate": flip_rate, "dropped": dict(sorted(dropped.items()))}
+
+
+def _flipped(verdict: Verdict, margin: float | None) -> bool | None:
+  """Whether the teacher reversed the student's order; None where either of them has none."""
+  if verdict not in (Verdict.FIRST, Verdict.SECOND) or not margin:
+    return None
+  return (verdict == Verdict.SECOND) == (margin > 0)

@@ -18,14 +18,15 @@ def prepare(job: Job) -> Counts:
   for split in ("train", "heldout"):
     source = getattr(job.config.prompts, split)
     prompts = read_prompts(source)
-    if split == "heldout":
-      prompts = evenly(prompts, job.config.prompts.heldout_limit or len(prompts))
     teacher.validate_prompts(prompts, source)
     rows = [_row(prompt, chat, job.config.prompts.max_tokens) for prompt in prompts]
     usable = [row for row in rows if row["dropped"] is None]
     if not usable:
       raise UserError(f"{source}: every prompt is longer than prompts.max_tokens = {job.config.prompts.max_tokens}")
-    write_table(job.writes[split], rows, PROMPTS)
+    if split == "heldout":
+      usable = evenly(usable, job.config.prompts.heldout_limit or len(usable))
+    too_long = [row for row in rows if row["dropped"]]
+    write_table(job.writes[split], sorted([*usable, *too_long], key=lambda row: row["prompt_id"]), PROMPTS)
     warm = job.config.student.warm_start
     if split == "train" and warm and warm.prompts >= len(usable):
       raise UserError(
@@ -33,7 +34,7 @@ def prepare(job: Job) -> Counts:
         "prompts; give more prompts, or take fewer"
       )
     counts[f"{split}_prompts"] = len(usable)
-    counts[f"{split}_dropped"] = len(rows) - len(usable)
+    counts[f"{split}_dropped"] = len(too_long)
   return counts
 
 

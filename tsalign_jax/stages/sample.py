@@ -18,10 +18,10 @@ def sample(job: Job) -> Counts:
   """
   sampling: Sampling = job.options["sampling"]
   prompts = {row["prompt_id"]: row for row in select(job)}
-  chat, model = Chat.load(job.config.policy.path), job.policy()
-  sampler = build_sampler(model, job.mesh, sampling, chat.stop_tokens)
+  chat, model, mesh = Chat.load(job.config.policy.path), job.policy(), job.sampling_mesh
+  sampler = build_sampler(model, mesh, sampling, chat.stop_tokens)
   done = {row["prompt_id"] for row in gathered(job)}
-  params = job.load(model, job.reads["policy"]) if len(done) < len(prompts) else {}
+  params = job.load(model, job.reads["policy"], mesh) if len(done) < len(prompts) else {}
   tokens = [(i, row["tokens"]) for i, row in prompts.items()]
   with job.progress(len(prompts) * sampling.responses, "responses") as advance, judging_ahead(job, prompts) as ahead:
     advance(len(done) * sampling.responses, "")
