@@ -165,8 +165,8 @@ def generate(
   seed: Annotated[int, typer.Option(help="Two runs with one seed write the same prompts.")] = 0,
 ) -> None:
   """Generate prompts with instructions that a program can verify, for the `checks` teacher."""
+  from tsalign_jax.data.files import write_jsonl
   from tsalign_jax.demo_prompts import generate as generate_prompts
-  from tsalign_jax.demo_prompts import write_jsonl
 
   for name, rows in zip(("train", "heldout"), generate_prompts(train, heldout, seed), strict=True):
     console.print(f"Wrote {write_jsonl(rows, out / f'{name}.jsonl')}", soft_wrap=True)

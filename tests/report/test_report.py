@@ -64,10 +64,12 @@ def test_report_shows_what_judges_find_that_labelled_nothing(tmp_path):
   run = fabricate(tmp_path / "run", 2)
   assert "labelled nothing" not in words(page(run)) + " ".join(printed(run))
   for number in (1, 2):
-    change_metrics(run, number, judges={"gold": {"win_rate": 0.5 + number / 40, "win_rate_ci": [0.487, 0.612]}})
+    opinion = {"win_rate": 0.5 + number / 40, "win_rate_ci": [0.487, 0.612], "undecided": 0}
+    change_metrics(run, number, judges={"gold": opinion, "silver": opinion | {"undecided": 31 * number}})
   seen = words(page(run))
+  assert "Further judges did not decide every comparison: silver left 62 undecided." in seen
   assert "55.0% (48.7% to 61.2%) by gold , which labelled nothing" in seen and "52.5% (48.7% to 61.2%)" in seen
-  assert "share less of its taste: 55.0% by gold." in seen
+  assert "share less of its taste: 55.0% by gold, 55.0% by silver." in seen
   assert "By gold, which labelled nothing: 55.0 [48.7, 61.2]" in " ".join(printed(run))
 
 
@@ -296,3 +298,9 @@ def test_table_fits_with_large_numbers(tmp_path):
 
 def test_table_of_an_unfinished_run_says_so(tmp_path):
   assert "No round has finished yet." in "".join(printed(fabricate(tmp_path / "run", 0)))
+
+
+def test_a_training_of_a_reward_model_has_no_report(tmp_path):
+  (tmp_path / "config.yaml").write_text("run: x\nmodel: {path: y}\npairs: {train: [a], heldout: b}\n")
+  with pytest.raises(UserError, match=r"a reward model was trained here, without rounds to report; metrics.json says"):
+    write_report(tmp_path)

@@ -71,6 +71,17 @@ def test_teacher_is_named_and_members_have_their_own_lines(run):
   assert ["judge", "[1]", "1", "0", "1", "0", "0", "0", "0"] in printed
 
 
+def test_further_judges_have_their_own_lines(run):
+  table = [comparison(0, "first"), comparison(1, "second"), comparison(2, "error")]
+  found = [{"gold": "second"}, {"gold": "error"}, {"gold": "inconsistent"}]
+  table = [row | {"others": json.dumps(others)} for row, others in zip(table, found, strict=True)]
+  write_table(run / "round_01" / "comparisons.parquet", table, COMPARISONS)
+  printed = lines(run)
+  assert ["Verdicts", "of", "further", "judges"] in printed
+  assert ["gold,", "round", "1", "3", "0", "1", "0", "1", "1", "0"] in printed
+  assert ["all", "7", "2", "2", "1", "1", "1", "67", "67", "67"] in printed  # the teacher's alone
+
+
 def test_reward_models_have_a_table_of_what_they_scored(run):
   store = ScoreStore(run / STORE)
   store.put("reward_model [x]", {"a": Score(1.5, 900, False, 0.5), "b": Score(-1.0, 334, True, 0.25)})

@@ -34,6 +34,8 @@ class Opinion:
 
   win_rate: float | None = None
   win_rate_ci: tuple[float | None, float | None] = (None, None)
+  undecided: int | None = None
+  """Comparisons without a verdict that counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +148,11 @@ def load_run(folder: Path) -> Run:
   if not config.is_file():
     raise UserError(f"{folder}: not the folder of a run, as it holds no config.yaml")
   text = config.read_text(encoding="utf-8")
+  settings = yaml.safe_load(text) or {}
+  if "pairs" in settings:
+    raise UserError(f"{folder}: a reward model was trained here, without rounds to report; metrics.json says how good")
   rounds = [_load_round(path) for path in folder.iterdir() if re.fullmatch(r"round_\d+", path.name)]
-  return Run(folder, text, yaml.safe_load(text) or {}, sorted(rounds, key=lambda round: round.number))
+  return Run(folder, text, settings, sorted(rounds, key=lambda round: round.number))
 
 
 def load_comparisons(round: Round) -> list[Comparison]:
@@ -181,7 +186,7 @@ def _metrics(content: dict[str, Any]) -> Metrics:
     known["win_rate_ci"] = tuple(known["win_rate_ci"])
   if "judges" in known:
     known["judges"] = {
-      name: Opinion(each.get("win_rate"), tuple(each.get("win_rate_ci", (None, None))))
+      name: Opinion(each.get("win_rate"), tuple(each.get("win_rate_ci", (None, None))), each.get("undecided"))
       for name, each in known["judges"].items()
     }
   return Metrics(**known)

@@ -21,8 +21,8 @@ _COUNTS |= {Verdict.ERROR: "error"}
 _SHARES = {"orders_agree": "orders\nagree", "first_slot_wins": "slot A\nwins", "longer_wins": "longer\nwins"}
 _SHARES |= {"agreement": "members\nagree"}
 _MEANING = (
-  "1st: the student's pick, or the aligned policy's answer where it is held out. In %: orders agree, of pairs asked in "
-  "both; slot A wins, of answers that prefer a side (50 is fair); longer wins, of decided pairs."
+  "1st: the student's pick of mined pairs, or the aligned policy's answer where it is held out. In %: orders agree, of "
+  "pairs asked in both; slot A wins, of answers that prefer a side (50 is fair); longer wins, of decided pairs."
 )
 
 
@@ -35,6 +35,8 @@ def verdict_tables(run: Path) -> list[Table]:
   tables = [_verdicts({**sets, "all": everything}, f"Verdicts of {escape(_teacher(run))}")] if everything else []
   if members := by_member(everything):
     tables.append(_verdicts(members, "Verdicts of its members"))
+  if others := _others(run):
+    tables.append(_verdicts(others, "Verdicts of further judges"))
   if tables:
     tables[-1].caption = _MEANING
   tables += [_scores(scores)] if scores else []
@@ -44,8 +46,7 @@ def verdict_tables(run: Path) -> list[Table]:
 def _judged(run: Path) -> dict[str, list[Judged]]:
   """Verdicts on pairs of every round, and on held-out comparisons of every round."""
   sets = {}
-  for folder in sorted(path for path in run.iterdir() if re.fullmatch(r"round_\d+", path.name)):
-    number = int(folder.name.removeprefix("round_"))
+  for number, folder in _rounds(run):
     if (folder / "verdicts.parquet").is_file():
       sets[f"round {number}" if number else "warm start"] = _pairs(folder)
     if (folder / "comparisons.parquet").is_file():
@@ -53,6 +54,23 @@ def _judged(run: Path) -> dict[str, list[Judged]]:
         _of_row(row, row["policy"], row["base"]) for row in read_table(folder / "comparisons.parquet")
       ]
   return sets
+
+
+def _others(run: Path) -> dict[str, list[Judged]]:
+  """Verdicts of each further judge on held-out comparisons, by round; their evidence is not kept."""
+  sets: dict[str, list[Judged]] = {}
+  for number, folder in _rounds(run):
+    file = folder / "comparisons.parquet"
+    for row in read_table(file) if file.is_file() else ():
+      for name, verdict in json.loads(row["others"] or "{}").items():
+        judged = Judged(row["policy"], row["base"], Verdict(verdict), {})
+        sets.setdefault(f"{name}, round {number}", []).append(judged)
+  return sets
+
+
+def _rounds(run: Path) -> list[tuple[int, Path]]:
+  folders = sorted(path for path in run.iterdir() if re.fullmatch(r"round_\d+", path.name))
+  return [(int(folder.name.removeprefix("round_")), folder) for folder in folders]
 
 
 def _pairs(folder: Path) -> list[Judged]:

@@ -69,6 +69,7 @@ def caveats(run: Run, comparisons: Sequence[Comparison]) -> list[str]:
     _divergence_caveat(run.rounds),
     _length_caveat(last.metrics),
     _unjudged_caveat(comparisons),
+    _undecided_caveat(last.metrics),
     _best_round_caveat(run.finished),
     _judge_caveat(last.metrics),
     "The interval covers the choice of prompts, not the luck of one training run: another seed may differ.",
@@ -125,6 +126,11 @@ def _unjudged_caveat(comparisons: Sequence[Comparison]) -> str | None:
   counts = {name: sum(item.verdict == verdict for item in comparisons) for name, verdict in parts.items()}
   named = [f"{count} {name}" for name, count in counts.items() if count]
   return f"Of {len(comparisons)} comparisons, {' and '.join(named)}." if named else None
+
+
+def _undecided_caveat(metrics: Metrics) -> str | None:
+  named = [f"{name} left {judge.undecided} undecided" for name, judge in metrics.judges.items() if judge.undecided]
+  return f"Further judges did not decide every comparison: {', '.join(named)}." if named else None
 
 
 def _best_round_caveat(finished: Sequence[Round]) -> str | None:
