@@ -1,17 +1,24 @@
 """`tsalign bench`: every phase is timed, and work is counted as it is."""
 
+from io import StringIO
+
+import jax
 import pytest
 import tiny
 from ragged import packed_rows
+from rich.console import Console
 
 from tsalign_jax import bench
-from tsalign_jax.config import Policy, load_config
+from tsalign_jax.config import LoRA, Policy, load_config
 from tsalign_jax.data.packing import Item
 from tsalign_jax.models.loading import language_model
+from tsalign_jax.models.lora import trained_part
 from tsalign_jax.training.align import build_reference
 
 
-@pytest.mark.parametrize("overrides", [[], ["mesh.fsdp=4", "mesh.tensor=2", "align.lora.rank=2"]])
+@pytest.mark.parametrize(
+  "overrides", [[], ["mesh.fsdp=8", "sampling_mesh={data: 4, fsdp: 1, tensor: 2}", "align.lora.rank=2"]]
+)
 def test_every_phase_has_a_speed_and_nothing_is_written(overrides, tmp_path):
   config = load_config(tiny.run_config(tmp_path), overrides)
   machine, *phases = bench.bench(config, prompts=3, runs=1)
@@ -21,9 +28,32 @@ def test_every_phase_has_a_speed_and_nothing_is_written(overrides, tmp_path):
   assert list(counts) == ["sample", "reference", "align", "score", "distil"]
   assert counts["score"] == (3 * k, "responses") and counts["align"] == counts["distil"] == (3, "pairs")
   assert 3 * k <= counts["sample"][0] <= 3 * k * config.sampling.max_new_tokens
-  assert all(phase.seconds > 0 and phase.flops > 0 for phase in phases)
-  assert bench.table(machine, phases).row_count == 5
+  assert all(phase.seconds > 0 and phase.flops > 0 and phase.moved > 0 for phase in phases)
+  tokens = {phase.name: phase.tokens for phase in phases}
+  assert tokens["sample"] == counts["sample"][0] and tokens["reference"] == tokens["align"] < tokens["score"]
   assert not config.run.exists()
+
+
+def test_shares_are_of_what_the_machine_can_do():
+  machine = bench.Machine("a cpu", flops=2e12, bandwidth=1e10)
+  phases = [bench.Phase("align", "pairs", 30, 6000, flops=3e12, moved=5e9, seconds=2.0)]
+  console = Console(width=120, file=StringIO(), color_system=None)
+  console.print(bench.table(machine, phases))
+  row = next(line.split() for line in console.file.getvalue().splitlines() if "align" in line)
+  assert row == ["align", "30", "pairs", "2.00", "15.0/s", "3,000", "1.5", "(75%)", "2.5", "(25%)"]
+
+
+def test_training_moves_weights_for_each_batch_and_the_optimizer_for_each_step(tmp_path, one_device):
+  tiny.decoder("llama", tmp_path)
+  model = language_model(Policy(path=tmp_path, dtype="float32"))
+  params = model.load(one_device)
+  size = 4 * sum(array.size for array in params.values())
+  for lora in (None, LoRA(rank=2)):
+    part = trained_part(model, lora, lambda: params, jax.random.key(0), one_device)
+    trained = 4 * sum(array.size for array in part.load().values())
+    assert (trained < size / 4) if lora else (trained == size)
+    frozen = size if lora else 0
+    assert bench._trained_bytes(part, part.load(), 5, 2) == 5 * (2 * frozen + 4 * trained) + 2 * 7 * trained
 
 
 def test_operations_are_those_of_the_compiled_forward_pass(tmp_path, one_device):

@@ -23,8 +23,9 @@ from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.files import read_prompts
 from tsalign_jax.data.packing import Item, Packing
 from tsalign_jax.models.config import DecoderConfig
+from tsalign_jax.models.functional import Params
 from tsalign_jax.models.loading import ModelHandle, language_model, reward_model
-from tsalign_jax.models.lora import trained_part
+from tsalign_jax.models.lora import TrainedPart, trained_part
 from tsalign_jax.ops.einsum import wide_matmul
 from tsalign_jax.parallel.mesh import batch_ways, make_mesh
 from tsalign_jax.sampling.engine import build_sampler
@@ -49,13 +50,14 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-  """One engine's work, in its unit, floating-point operations and, where it is bound by them, bytes; and its time."""
+  """One engine's work, in its unit, tokens, floating-point operations, and bytes that have to move; and its time."""
 
   name: str
   unit: str
   count: int
+  tokens: int
   flops: float
-  moved: float | None
+  moved: float
   seconds: float
 
 
@@ -82,11 +84,11 @@ def bench(config: Config, prompts: int, runs: int) -> Iterator[Machine | Phase]:
   if not usable:
     raise UserError(f"{config.prompts.train}: every prompt is longer than prompts.max_tokens")
   yield measure(mesh, policy)
-  params = policy.load(mesh)
-  sampled, phase = _sample(config, policy, mesh, chat, params, [(conversations[i], tokens[i]) for i in usable], runs)
+  chosen = [(conversations[i], tokens[i]) for i in usable]
+  sampling_mesh = make_mesh(**config.sampling_mesh.model_dump()) if config.sampling_mesh else mesh
+  sampled, phase = _sample(config, policy, sampling_mesh, chat, chosen, runs)
   yield phase
-  yield from _align(config, policy, mesh, params, sampled, runs)
-  del params
+  yield from _align(config, policy, mesh, sampled, runs)
   yield from _student(config, student, mesh, sampled, runs)
 
 
@@ -120,29 +122,33 @@ def measure(mesh: Mesh, model: ModelHandle) -> Machine:
 def table(machine: Machine, phases: Sequence[Phase]) -> Table:
   """Phases with their speed, and the share of the machine's best that it is."""
   out = Table(box=box.SIMPLE_HEAD, caption_justify="left", caption=_legend(machine))
-  for heading in ("", "work", "seconds", "speed", "TFLOP/s\n(of peak)", "GB/s\n(of peak)"):
+  for heading in ("", "work", "seconds", "speed", "tokens/s", "TFLOP/s\n(of peak)", "GB/s\n(of peak)"):
     out.add_column(heading, justify="right" if heading else "left", no_wrap=True)
   for phase in phases:
-    speed = phase.count / phase.seconds
+    speed, tokens = phase.count / phase.seconds, phase.tokens / phase.seconds
     work = [f"{phase.count:,} {phase.unit}", f"{phase.seconds:.2f}", f"{speed:,.{0 if speed >= 100 else 1}f}/s"]
-    flops, moved = (amount and amount / phase.seconds for amount in (phase.flops, phase.moved))
-    out.add_row(phase.name, *work, _of(flops, machine.flops, 1e12), _of(moved, machine.bandwidth, 1e9))
+    flops, moved = phase.flops / phase.seconds, phase.moved / phase.seconds
+    shares = _of(flops, machine.flops, 1e12), _of(moved, machine.bandwidth, 1e9)
+    out.add_row(phase.name, *work, f"{tokens:,.0f}", *shares)
   return out
 
 
-def _of(rate: float | None, best: float, unit: float) -> str:
-  return f"{rate / unit:.3g} ({rate / best:.0%})" if rate else ""
+def _of(rate: float, best: float, unit: float) -> str:
+  return f"{rate / unit:.3g} ({rate / best:.0%})"
 
 
 def _legend(machine: Machine) -> str:
   return (
     f"{machine.devices}: {machine.flops / 1e12:.3g} TFLOP/s in a large matrix product, "
-    f"{machine.bandwidth / 1e9:.3g} GB/s to and from memory, both measured here."
+    f"{machine.bandwidth / 1e9:.3g} GB/s to and from memory, both measured here. Tokens are sampled ones, elsewhere "
+    "those of prompts and responses. Bytes are those that have to move: weights for each batch, in sampling for each "
+    "step with the keys and values that are seen, in training gradients and the optimizer's state as well."
   )
 
 
-def _sample(config: Config, model: ModelHandle, mesh: Mesh, chat: Chat, params, prompts, runs: int):
+def _sample(config: Config, model: ModelHandle, mesh: Mesh, chat: Chat, prompts, runs: int):
   """What was sampled, and how fast."""
+  params = model.load(mesh)
   sampler = build_sampler(model, mesh, config.sampling, chat.stop_tokens)
   tokens = [tokens for _, tokens in prompts]
 
@@ -155,13 +161,13 @@ def _sample(config: Config, model: ModelHandle, mesh: Mesh, chat: Chat, params, 
   texts = [[chat.text(tokens) for tokens in item.responses] for item in items]
   new = sum(item.targets for item in items)
   flops, moved = _flops(model, items), _decoded_bytes(model, items, sampler.slots * sampler.lanes)
-  phase = Phase("sample", "tokens", new, flops, moved, seconds)
+  phase = Phase("sample", "tokens", new, new, flops, moved, seconds)
   return Sampled([messages for messages, _ in prompts], texts, items), phase
 
 
-def _align(config: Config, model: ModelHandle, mesh: Mesh, params, sampled: Sampled, runs: int) -> Iterator[Phase]:
+def _align(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, runs: int) -> Iterator[Phase]:
   """Reference log-probabilities and DPO steps over the first two responses to each prompt."""
-  settings = config.align
+  params, settings = model.load(mesh), config.align
   pairs = [Item(item.prompt, item.responses[:2]) for item in sampled.items]
   packing = Packing(pairs, min(settings.batch_size, len(pairs)), settings.microbatch_tokens, batch_ways(mesh))
   steps = _steps(len(pairs), settings.batch_size)
@@ -171,11 +177,14 @@ def _align(config: Config, model: ModelHandle, mesh: Mesh, params, sampled: Samp
     return align.known_logps(program, params, packing, steps, mesh)
 
   logps, seconds = _timed(known, runs)
-  yield Phase("reference", "pairs", len(pairs), _flops(model, pairs), None, seconds)
+  batches = sum(1 for step in steps for _ in packing.batches(step))
+  work, moved = ("pairs", len(pairs), _tokens(pairs)), batches * _size(params)
+  yield Phase("reference", *work, _flops(model, pairs), moved, seconds)
 
   part = trained_part(model, settings.lora, lambda: params, jax.random.key(0), mesh)
   trainer = build_trainer(align.build_loss(model, mesh, settings), settings, len(steps), part.skeleton, mesh)
   trainable = part.load()
+  moved = _trained_bytes(part, trainable, batches, len(steps))
   state = [trainable, trainer.init(trainable)]
 
   def epoch():
@@ -184,7 +193,7 @@ def _align(config: Config, model: ModelHandle, mesh: Mesh, params, sampled: Samp
     return metrics
 
   _, seconds = _timed(epoch, runs)
-  yield Phase("align", "pairs", len(pairs), _backward(settings.lora) * _flops(model, pairs), None, seconds)
+  yield Phase("align", *work, _backward(settings.lora) * _flops(model, pairs), moved, seconds)
 
 
 def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, runs: int) -> Iterator[Phase]:
@@ -193,8 +202,9 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
   params = model.load(mesh, head_key=jax.random.key(config.seed))
   items = [engine.encode(*each) for each in zip(sampled.prompts, sampled.texts, strict=True)]
   _, seconds = _timed(lambda: list(engine.score(params, items)), runs)
-  responses = sum(len(item.responses) for item in items)
-  yield Phase("score", "responses", responses, _flops(model, _as_items(items)), None, seconds)
+  responses, alike = sum(len(item.responses) for item in items), _as_items(items)
+  moved = engine.count_batches(items) * _size(params)
+  yield Phase("score", "responses", responses, _tokens(alike), _flops(model, alike), moved, seconds)
   if settings is None:
     return
 
@@ -204,6 +214,7 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
   part = trained_part(model, settings.lora, lambda: params, jax.random.key(0), mesh)
   trainer = build_trainer(reward.build_loss(engine, settings), settings, len(steps), part.skeleton, mesh)
   trainable = part.load()
+  moved = _trained_bytes(part, trainable, sum(1 for step in steps for _ in laid_out.parts(step)), len(steps))
   state = [trainable, trainer.init(trainable)]
 
   def epoch():
@@ -212,13 +223,30 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
     return metrics
 
   _, seconds = _timed(epoch, runs)
-  flops = _flops(model, _as_items([pair.item for pair in pairs]))
-  yield Phase("distil", "pairs", len(pairs), _backward(settings.lora) * flops, None, seconds)
+  alike = _as_items([pair.item for pair in pairs])
+  flops = _backward(settings.lora) * _flops(model, alike)
+  yield Phase("distil", "pairs", len(pairs), _tokens(alike), flops, moved, seconds)
 
 
 def _backward(lora: LoRA | None) -> int:
   """Operations of a training step, as a multiple of the forward pass: no gradient is computed of frozen weights."""
   return 2 if lora else 3
+
+
+def _trained_bytes(part: TrainedPart, trainable: Params, batches: int, steps: int) -> float:
+  """Bytes that training has to move: weights forth and back, gradients added to for each batch, AdamW for each step.
+
+  The update reads gradients, weights and two moments, and writes all but the first.
+  """
+  return batches * (2 * _size(part.frozen) + 4 * _size(trainable)) + steps * 7 * _size(trainable)
+
+
+def _size(params: Params) -> int:
+  return sum(array.nbytes for array in params.values())
+
+
+def _tokens(items: Sequence[Item]) -> int:
+  return sum(item.tokens for item in items)
 
 
 def _steps(pairs: int, size: int) -> list[range]:

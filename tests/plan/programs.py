@@ -29,6 +29,7 @@ from tsalign_jax.training.align import AlignBatch, build_loss
 from tsalign_jax.training.optimizer import build_trainer
 from tsalign_jax.types import Branches, Packed
 
+# As `sampling_mesh` says in a configuration; everything else runs on the default mesh, over which weights are split.
 SAMPLING_MESH = {"v5e:4x4": {"data": 2, "fsdp": 1, "tensor": 8}, "v5p:2x2x4": {"data": 16, "fsdp": 1}}
 PROMPTS, PROMPT, RESPONSE = 16, 512, 512
 ROWS = 16  # of a microbatch of pairs
