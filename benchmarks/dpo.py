@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.contest import Runs, Side, contest, ours, ratio
 from benchmarks.optional import add_tunix, tunix
-from benchmarks.terminal import command, parser
+from benchmarks.terminal import add_pairs, add_tuning, command, parser
 from benchmarks.workload import pairs
 from tsalign_jax.types import UserError
 
@@ -34,6 +34,8 @@ THEIRS = [
 def main() -> Mapping[str, float]:
   """Ratios of speed and of peak memory, after a table."""
   out = parser(__doc__.splitlines()[0])
+  add_tuning(out)
+  add_pairs(out)
   out.add_argument("--count", type=int, default=64, help="pairs")
   out.add_argument("--batch-size", type=int, default=32, help="pairs an optimizer step")
   out.add_argument("--prompt-tokens", type=int, default=128, help="pairs with prompts nearest to this length are taken")

@@ -5,14 +5,13 @@ Prints a table in markdown, and draws it where `--svg` says.
 
 import argparse
 import math
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from benchmarks.ours import Sampling
-from benchmarks.terminal import command, note, parser, print_machine
+from benchmarks.contest import ours
+from benchmarks.terminal import add_prompts, command, note, parser, print_machine
 from benchmarks.workload import load_chat, prompts
 from tsalign_jax.report.svg import Element, add, drawing, to_string
 
@@ -49,6 +48,7 @@ class Point(NamedTuple):
 def main() -> Mapping[str, float]:
   """What an extra unit costs at the end of each sweep, in units of the first."""
   out = parser(__doc__.splitlines()[0])
+  add_prompts(out)
   out.add_argument("--new-tokens", type=int, default=64, help="length of every response")
   out.add_argument("--largest", type=int, help="leave out values of a sweep beyond this many times its first")
   out.add_argument("--svg", type=Path, help="file to draw the three curves into")
@@ -69,13 +69,10 @@ def _sweep(options: argparse.Namespace, name: str, values: Sequence[int]) -> lis
       break
     sizes = BASE | {name: value}
     note(f"{NAMES[name]}: {value}")
-    contender = Sampling(_work(options, **sizes), {"batch_prompts": sizes["prompts"]})
-    seconds = []
-    for seed in range(1, options.runs + 1):
-      start = time.perf_counter()
-      tokens = contender.run(seed)["units"]
-      seconds.append(time.perf_counter() - start)
-    points.append(Point(value, median(seconds), tokens))
+    with ours("Sampling").start(_work(options, **sizes), {"batch_prompts": sizes["prompts"]}, options.cache) as worker:
+      worker.ready()
+      runs = [worker.run(seed) for seed in range(1, options.runs + 1)]
+    points.append(Point(value, median(run["seconds"] for run in runs), runs[0]["units"]))
   return points
 
 

@@ -10,20 +10,21 @@ import gzip
 import json
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.terminal import command, note, print_machine
 from benchmarks.workers import WorkerError
-from tsalign_jax.demo_prompts import write_jsonl
-from tsalign_jax.types import UserError
+from tsalign_jax.data.files import write_jsonl
+from tsalign_jax.types import Conversation, UserError
 
 CONFIGS = Path("configs")
 TEACHER, STUDENT, GOLD = Path("runs/hh_reward"), Path("runs/hh_reward_minilm"), Path("runs/gold_reward")
 MEASURING = ("answer", "evaluate")  # stages that label nothing and train nothing
 LABELLING = ("score", "mine", "judge", "pair")
-HELD_OUT = 5  # one in so many of the gold model's human votes
+HELD_OUT = 5  # one in so many prompts of the gold model's human votes
 # Models of AlpacaEval, better and worse, of which the better one does not simply say more.
 TIERS = (
   ("text_davinci_003", "alpaca-7b"),
@@ -33,13 +34,18 @@ TIERS = (
 
 
 class Variant(NamedTuple):
-  """A run of the recipe, and whether it is the student's or the teacher's place that is taken by the other."""
+  """A run of the recipe, and whether it is the student's or the teacher's place that is taken by the other.
+
+  `idle` are stages that every run of the recipe has, and that this variant could do without: nobody needs the
+  student's scores of random pairs, or a second look of the model that picked the pair.
+  """
 
   name: str
   run: Path
   overrides: tuple[str, ...] = ()
   teacher_scores: bool = False
   student_judges: bool = False
+  idle: tuple[str, ...] = ()
 
 
 def variants() -> list[Variant]:
@@ -47,7 +53,7 @@ def variants() -> list[Variant]:
   teacher = f"{{kind: reward_model, path: {TEACHER / 'model'}}}"
   return [
     Variant("TS-Align", Path("runs/hh_human")),
-    Variant("random pairs", Path("runs/hh_human_random"), ("mining.strategy=random",)),
+    Variant("random pairs", Path("runs/hh_human_random"), ("mining.strategy=random", "distil=null"), idle=("score",)),
     Variant(
       "student only",
       Path("runs/hh_human_student"),
@@ -57,12 +63,14 @@ def variants() -> list[Variant]:
         "distil=null",
       ),
       student_judges=True,
+      idle=("judge",),
     ),
     Variant(
       "teacher only",
       Path("runs/hh_human_teacher"),
       (f"student.path={TEACHER / 'model'}", "distil=null"),
       teacher_scores=True,
+      idle=("judge",),
     ),
   ]
 
@@ -73,8 +81,8 @@ def main() -> Mapping[str, float]:
   out.add_argument("--data", type=Path, default=Path("data"), help="folder with hh_rlhf, tulu_human and alpaca_eval")
   out.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run of the recipe, such as rounds=1")
   options = out.parse_args()
-  train, heldout = _gold_preferences(options.data)
   human, unseen = (options.data / "hh_rlhf" / f"preferences.{split}.jsonl" for split in ("train", "test"))
+  train, heldout = _gold_preferences(options.data, unseen)
   preferences = (f"pairs.train=[{human}]", f"pairs.heldout={unseen}")
   _tsalign("train-reward", CONFIGS / "hh_reward.yaml", f"run={TEACHER}", *preferences)
   _tsalign("train-reward", CONFIGS / "hh_reward_minilm.yaml", f"run={STUDENT}", *preferences)
@@ -83,7 +91,7 @@ def main() -> Mapping[str, float]:
   gold_judge = f"evaluation.judges.gold={{kind: reward_model, path: {GOLD / 'model'}}}"
   shared = (f"prompts.train={human}", f"prompts.heldout={unseen}", f"distil.replay={human}", gold_judge)
   for variant in variants():
-    _tsalign("run", CONFIGS / "hh_human.yaml", f"run={variant.run}", *shared, *variant.overrides, *options.overrides)
+    _tsalign("run", CONFIGS / "hh_human.yaml", f"run={variant.run}", *shared, *options.overrides, *variant.overrides)
   print(reward_table({"teacher": TEACHER, "student": STUDENT, "gold": GOLD}))
   print(variant_table(variants()))
   print_machine()
@@ -102,7 +110,7 @@ def reward_table(runs: Mapping[str, Path]) -> str:
 
 
 def variant_table(chosen: list[Variant]) -> str:
-  """Every round of every variant in markdown."""
+  """Every round of every variant in markdown; times without evaluation, and without stages that are idle there."""
   headings = ("pairs by", "round", "win rate by teacher (95% interval)", "by gold", "tokens, base → aligned")
   headings += ("responses the teacher read", "time to label", "time in all")
   lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
@@ -120,31 +128,51 @@ def _row(variant: Variant, folder: str, stages: Mapping[str, Any]) -> str:
   metrics = _metrics(variant.run / folder)
   teacher = metrics["judges"]["teacher"] if variant.student_judges else metrics
   gold = metrics["judges"]["gold"]
-  scored = stages["score"]["counts"]["scored"] if variant.teacher_scores else 0
-  judged = 0 if variant.student_judges else 2 * sum(stages["judge"]["counts"]["verdicts"].values())
+  if variant.teacher_scores:
+    read = stages["score"]["counts"]["scored"]
+  else:
+    read = 0 if variant.student_judges else 2 * sum(stages["judge"]["counts"]["verdicts"].values())
+  busy = {name: entry["seconds"] for name, entry in stages.items() if name not in (*MEASURING, *variant.idle)}
   cells = [
     variant.name,
     str(int(folder.removeprefix("round_"))),
     _with_interval(teacher["win_rate"], teacher["win_rate_ci"]),
     _with_interval(gold["win_rate"], gold["win_rate_ci"]),
     f"{metrics['mean_length_base']:.0f} → {metrics['mean_length_policy']:.0f}",
-    f"{scored + judged:,}",
-    _duration(sum(stages[name]["seconds"] for name in LABELLING)),
-    _duration(sum(entry["seconds"] for name, entry in stages.items() if name not in MEASURING)),
+    f"{read:,}",
+    _duration(sum(seconds for name, seconds in busy.items() if name in LABELLING)),
+    _duration(sum(busy.values())),
   ]
   return f"| {' | '.join(cells)} |"
 
 
-def _gold_preferences(data: Path) -> tuple[Path, Path]:
+def _gold_preferences(data: Path, unseen: Path) -> tuple[Path, Path]:
   """Files of preferences that neither teacher nor student learned from: human votes, and answers of unequal models.
 
-  One in `HELD_OUT` of the votes is held out.
+  The votes on one in `HELD_OUT` prompts are held out. No prompt to learn from begins a conversation in `unseen`, where
+  policies are evaluated.
   """
   votes = list(_votes(data / "tulu_human" / "preferences.jsonl"))
-  tiers = list(_tiers(data / "alpaca_eval" / "answers_by_model.jsonl.gz"))
-  train = [row for index, row in enumerate(votes) if index % HELD_OUT] + tiers
+  evaluated = {_opening(row["prompt"]) for row in _lines(unseen)}
+  tiers = [
+    row
+    for row in _tiers(data / "alpaca_eval" / "answers_by_model.jsonl.gz")
+    if not _held_out(row["prompt"]) and _opening(row["prompt"]) not in evaluated
+  ]
+  train = [row for row in votes if not _held_out(row["prompt"]) and _opening(row["prompt"]) not in evaluated]
+  heldout = [row for row in votes if _held_out(row["prompt"])]
   folder = GOLD.with_name("gold_preferences")
-  return write_jsonl(train, folder / "train.jsonl"), write_jsonl(votes[::HELD_OUT], folder / "heldout.jsonl")
+  return write_jsonl([*train, *tiers], folder / "train.jsonl"), write_jsonl(heldout, folder / "heldout.jsonl")
+
+
+def _held_out(prompt: Conversation | str) -> bool:
+  """Whether it is the prompt, not the vote, so that all votes on a prompt stay together."""
+  return zlib.crc32(_opening(prompt).encode()) % HELD_OUT == 0
+
+
+def _opening(prompt: Conversation | str) -> str:
+  """What the user says first."""
+  return (prompt if isinstance(prompt, str) else prompt[0]["content"]).strip()
 
 
 def _votes(file: Path) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from benchmarks.contest import Side, contest, ours, ratio
 from benchmarks.optional import add_llama_cpp, add_tunix, llama_cpp, llama_cpp_work, tunix
-from benchmarks.terminal import command, parser
+from benchmarks.terminal import add_prompts, add_tuning, command, parser
 from benchmarks.workload import load_chat, prompts
 
 PEER = "transformers"
@@ -26,6 +26,8 @@ THEIRS = [
 def main() -> Mapping[str, float]:
   """Ratios of speed for both workloads, after a table for each."""
   out = parser(__doc__.splitlines()[0])
+  add_tuning(out)
+  add_prompts(out)
   out.add_argument("--count", type=int, default=32, help="prompts")
   out.add_argument("--responses", type=int, default=8, help="responses a prompt")
   out.add_argument("--max-new-tokens", type=int, default=128, help="longest response of natural length")

@@ -1,12 +1,13 @@
 """Sequences a second while scoring K responses a prompt with a reward model: `python -m benchmarks.scoring`."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.contest import Side, contest, ours, ratio
-from benchmarks.terminal import command, parser
+from benchmarks.terminal import add_pairs, add_tuning, command, parser
 from benchmarks.workload import reward_model, texts_to_score
 from tsalign_jax.types import UserError
 
@@ -26,10 +27,13 @@ THEIRS = [
 def main() -> Mapping[str, float]:
   """Ratios of speed for both kinds of reward model, after a table for each."""
   out = parser(__doc__.splitlines()[0])
+  add_tuning(out)
+  add_pairs(out)
   out.add_argument("--count", type=int, default=32, help="prompts")
   out.add_argument("--responses", type=int, default=16, help="responses a prompt")
   out.add_argument("--prompt-tokens", type=int, default=128, help="prompts nearest to this length are taken")
   out.add_argument("--response-tokens", type=int, default=96, help="responses nearest to this length are taken")
+  out.add_argument("--encoder", type=Path, default=Path("models/minilm"), help="encoder, a Hugging Face folder")
   options = out.parse_args()
   sizes = {"prompt_tokens": options.prompt_tokens, "response_tokens": options.response_tokens}
   items = texts_to_score(options, options.count, options.responses, **sizes)

@@ -24,13 +24,24 @@ def parser(description: str) -> argparse.ArgumentParser:
   """The options that every benchmark has."""
   out = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
   out.add_argument("--policy", type=Path, default=Path("models/smollm2"), help="language model, a Hugging Face folder")
-  out.add_argument("--encoder", type=Path, default=Path("models/minilm"), help="encoder, a Hugging Face folder")
   out.add_argument("--cache", type=Path, default=Path("models/bench"), help="for what the benchmarks make themselves")
-  out.add_argument("--prompts", help="prompts in TRL's format; without it, generated ones")
-  out.add_argument("--pairs", help="preference pairs in TRL's format; without it, sampled ones")
-  out.add_argument("--runs", type=int, default=5, help="timed runs of each side, which take turns")
-  out.add_argument("--no-tuning", action="store_true", help="take each side's first settings instead of its best")
+  out.add_argument("--runs", type=int, default=5, help="timed runs, of each side where there are several")
   return out
+
+
+def add_tuning(out: argparse.ArgumentParser) -> None:
+  """For benchmarks of several sides."""
+  out.add_argument("--no-tuning", action="store_true", help="take each side's first settings instead of its best")
+
+
+def add_prompts(out: argparse.ArgumentParser) -> None:
+  """For benchmarks that sample."""
+  out.add_argument("--prompts", help="prompts in TRL's format; without it, generated ones")
+
+
+def add_pairs(out: argparse.ArgumentParser) -> None:
+  """For benchmarks of given responses."""
+  out.add_argument("--pairs", help="preference pairs in TRL's format; without it, sampled ones")
 
 
 def command(main: Callable[[], Mapping[str, float]]) -> None:

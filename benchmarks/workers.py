@@ -21,7 +21,6 @@ ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {
   "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # as `tsalign` starts itself; for all sides alike
   "HF_HUB_OFFLINE": "1",
-  "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait for work sleep: a spinning one takes a core from its sibling
   "TF_CPP_MIN_LOG_LEVEL": "2",
   "TRANSFORMERS_VERBOSITY": "error",
   "TRL_EXPERIMENTAL_SILENCE": "1",

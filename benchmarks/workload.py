@@ -11,8 +11,8 @@ import numpy as np
 from benchmarks.contest import Side
 from benchmarks.terminal import note
 from tsalign_jax.data.chat import Chat
-from tsalign_jax.data.files import evenly, read_preferences, read_prompts
-from tsalign_jax.demo_prompts import generate, write_jsonl
+from tsalign_jax.data.files import evenly, fingerprint, read_preferences, read_prompts, write_jsonl
+from tsalign_jax.demo_prompts import generate
 from tsalign_jax.scoring.reward import conversation_text
 from tsalign_jax.types import PreferencePair, Prompt, UserError
 
@@ -39,12 +39,15 @@ def pairs(options: argparse.Namespace, count: int, *, prompt_tokens: int) -> lis
   Only pairs whose text has the same tokens in one piece as in two: TRL tokenises prompt and response together.
   """
   chat, rows = load_chat(options), []
-  for pair in _preferences(options):
+  source, found = _preferences(options)
+  for pair in found:
     row = _tokens(chat, pair)
     if max(len(row["chosen_tokens"]), len(row["rejected_tokens"])) <= LONGEST_RESPONSE and _same_in_one(chat, row):
       rows.append(row)
   if len(rows) < count:
-    raise UserError(f"{options.pairs}: {count} pairs with responses of at most {LONGEST_RESPONSE} tokens are needed")
+    raise UserError(
+      f"{source}: {count} pairs with responses of at most {LONGEST_RESPONSE} tokens are needed, it has {len(rows)}"
+    )
   nearest = sorted(range(len(rows)), key=lambda index: abs(len(rows[index]["prompt_tokens"]) - prompt_tokens))
   return [rows[index] for index in sorted(nearest[:count])]
 
@@ -53,7 +56,7 @@ def texts_to_score(
   options: argparse.Namespace, count: int, responses: int, *, prompt_tokens: int, response_tokens: int
 ) -> list[dict[str, Any]]:
   """Prompts with responses nearest to those lengths; the responses are real, but answer other prompts."""
-  chat, found = load_chat(options), _preferences(options)
+  chat, (source, found) = load_chat(options), _preferences(options)
   lengths = {}
   for pair in found:
     lengths |= {text: len(chat.response_tokens(text)) for text in (pair.chosen, pair.rejected) if text.strip()}
@@ -64,7 +67,7 @@ def texts_to_score(
   distinct = {json.dumps(pair.prompt): pair.prompt for pair in found}.values()
   chosen = sorted(distinct, key=lambda prompt: abs(len(chat.prompt_tokens(prompt)) - prompt_tokens))[:count]
   if len(chosen) < count:
-    raise UserError(f"{options.pairs}: {count} different prompts are needed, it has {len(chosen)}")
+    raise UserError(f"{source}: {count} different prompts are needed, it has {len(chosen)}")
   return [
     {
       "messages": prompt,
@@ -77,8 +80,7 @@ def texts_to_score(
 
 def load_chat(options: argparse.Namespace) -> Chat:
   """The tokenizer and chat template of the policy."""
-  if not options.policy.is_dir():
-    raise UserError(f"{options.policy}: there is no such model; `make models/smollm2 models/minilm` makes the default")
+  _named(options.policy)
   return Chat.load(options.policy)
 
 
@@ -90,7 +92,7 @@ def templated(chat: Chat, messages: Sequence[dict]) -> str:
 def reward_model(options: argparse.Namespace, kind: str) -> Path:
   """The folder of the decoder or encoder with a random one-label head, the same for both sides; made once."""
   source = options.policy if kind == "decoder" else options.encoder
-  folder = options.cache / f"{source.name}_reward"
+  folder = options.cache / f"{_named(source)}_reward"
   if not folder.is_dir():
     note(f"making {folder}")
     work = {"source": str(source), "target": str(folder)}
@@ -99,19 +101,27 @@ def reward_model(options: argparse.Namespace, kind: str) -> Path:
   return folder
 
 
+def _named(folder: Path) -> str:
+  """The name of a model's folder, and whatever else tells it from another of that name."""
+  if not folder.is_dir():
+    raise UserError(f"{folder}: there is no such model; `make models/smollm2 models/minilm` makes the default")
+  return f"{folder.name}_{fingerprint(folder)[:8]}"
+
+
 def _generated(options: argparse.Namespace) -> Path:
   file = options.cache / "prompts.jsonl"
   return file if file.is_file() else write_jsonl(generate(GENERATED, 1, 0)[0], file)
 
 
-def _preferences(options: argparse.Namespace) -> list[PreferencePair]:
+def _preferences(options: argparse.Namespace) -> tuple[str, list[PreferencePair]]:
+  """A source, and its pairs of responses that say something."""
   source = options.pairs or str(_sampled_pairs(options))
-  return [pair for pair in read_preferences(source) if pair.chosen.strip() and pair.rejected.strip()]
+  return source, [pair for pair in read_preferences(source) if pair.chosen.strip() and pair.rejected.strip()]
 
 
 def _sampled_pairs(options: argparse.Namespace) -> Path:
   """Answers of the policy to generated prompts, two by two; which one is better does not matter to a clock."""
-  file = options.cache / f"{options.policy.name}_pairs.jsonl"
+  file = options.cache / f"{_named(options.policy)}_pairs.jsonl"
   if file.is_file():
     return file
   chat, found = load_chat(options), read_prompts(str(_generated(options)))
