@@ -1,5 +1,7 @@
 """Sampling against a brute-force loop, and what it must not depend on."""
 
+import dataclasses
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import torch
 from hypothesis import strategies as st
 
 from tsalign_jax.config import Policy, Sampling
+from tsalign_jax.data.batching import prompts_only
 from tsalign_jax.models.loading import language_model
 from tsalign_jax.sampling import cache
 from tsalign_jax.sampling.draw import draw
@@ -99,6 +102,34 @@ def test_responses_do_not_depend_on_order_slots_lanes_or_what_is_done(
 
 def test_sampling_over_eight_devices_equals_one(llama, expected, eight_devices):
   assert _close(sample(llama, eight_devices, PROMPTS), expected)
+
+
+def test_prompts_of_several_widths_in_one_run(llama, one_device):
+  """Each width has its own program, and what is sampled does not depend on which one a prompt is in."""
+  random = np.random.default_rng(0)
+  lengths = [3, 100, 40, 60, 20, 33, 64, 90]
+  prompts = [(n, random.integers(3, 97, length).tolist()) for n, length in enumerate(lengths)]
+  narrow, wide = (SAMPLING.model_copy(update={"batch_prompts": slots, "max_new_tokens": 6}) for slots in (1, 8))
+  assert len(set(prompt_widths(lengths, 1).values())) == 3 and len(set(prompt_widths(lengths, 8).values())) == 1
+  sampler = build_sampler(llama, one_device, narrow, STOP)
+  widths = []
+  empty = lambda width: widths.append(width) or sampler.empty(width)  # noqa: E731
+  ours = dataclasses.replace(sampler, empty=empty).run(llama.load(one_device), prompts, KEY, {4})
+  ours = dict(pair for harvest in ours for pair in harvest)
+  assert widths == [128, 64, 32] and ours.keys() == {*range(8)} - {4}
+  assert _close(ours, sample(llama, one_device, prompts, wide))
+
+
+def test_the_cache_is_handed_on_and_never_copied(llama, one_device):
+  sampler = build_sampler(llama, one_device, SAMPLING, STOP)
+  params, slots = sampler.prepare(llama.load(one_device)), sampler.empty(32)
+  before = slots
+  rows = prompts_only([[5, 6, 7]] * sampler.admitted, 32)
+  slots = sampler.admit(params, slots, rows, np.zeros(sampler.admitted, int), np.zeros(sampler.slots, int))
+  admitted = slots
+  sampler.decode(params, slots, np.zeros(sampler.slots, bool), 1, KEY)
+  for state in (before, admitted):
+    assert all(array.is_deleted() for array in jax.tree.leaves((state.trunk, state.own, state.recent)))
 
 
 @pytest.mark.parametrize("limit", [1, 7, 8, 9, 17])
