@@ -153,16 +153,13 @@ def _gold_preferences(data: Path, unseen: Path) -> tuple[Path, Path]:
   policies are evaluated.
   """
   votes = list(_votes(data / "tulu_human" / "preferences.jsonl"))
+  tiers = _tiers(data / "alpaca_eval" / "answers_by_model.jsonl.gz")
   evaluated = {_opening(row["prompt"]) for row in _lines(unseen)}
-  tiers = [
-    row
-    for row in _tiers(data / "alpaca_eval" / "answers_by_model.jsonl.gz")
-    if not _held_out(row["prompt"]) and _opening(row["prompt"]) not in evaluated
-  ]
-  train = [row for row in votes if not _held_out(row["prompt"]) and _opening(row["prompt"]) not in evaluated]
+  others = [row for row in (*votes, *tiers) if _opening(row["prompt"]) not in evaluated]
+  train = [row for row in others if not _held_out(row["prompt"])]
   heldout = [row for row in votes if _held_out(row["prompt"])]
   folder = GOLD.with_name("gold_preferences")
-  return write_jsonl([*train, *tiers], folder / "train.jsonl"), write_jsonl(heldout, folder / "heldout.jsonl")
+  return write_jsonl(train, folder / "train.jsonl"), write_jsonl(heldout, folder / "heldout.jsonl")
 
 
 def _held_out(prompt: Conversation | str) -> bool:

@@ -3,7 +3,7 @@
 `Sampler`, `Scorer` and `Trainer` make the calls; the contenders below them only count the work.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tsalign_jax.sampling.engine import Sampled, build_sampler
 from tsalign_jax.scoring.reward import build_reward_engine
 from tsalign_jax.training.align import build_loss, build_reference, known_logps, make_batches
 from tsalign_jax.training.optimizer import build_trainer, fetch
+from tsalign_jax.training.run import in_order
 
 PACKAGES = ("tsalign_jax", "jax")
 
@@ -94,9 +95,8 @@ class Trainer:
       log.append(metrics)
     return trainable, state, [fetch(metrics) for metrics in log]
 
-  def _steps(self, packing: Packing) -> Iterator[Sequence[int]]:
-    for start in range(0, len(packing.items), self.settings.batch_size):
-      yield range(len(packing.items))[start : start + self.settings.batch_size]
+  def _steps(self, packing: Packing) -> list[range]:
+    return in_order(len(packing.items), self.settings.batch_size)
 
 
 class Sampling:

@@ -32,6 +32,7 @@ from tsalign_jax.sampling.engine import build_sampler
 from tsalign_jax.scoring.reward import Encoded, build_reward_engine
 from tsalign_jax.training import align, reward
 from tsalign_jax.training.optimizer import build_trainer
+from tsalign_jax.training.run import in_order
 from tsalign_jax.types import Conversation, UserError
 
 MATRIX = {"cpu": 2048, "default": 8192}  # rows and columns of the product that measures the peak
@@ -170,7 +171,7 @@ def _align(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, run
   params, settings = model.load(mesh), config.align
   pairs = [Item(item.prompt, item.responses[:2]) for item in sampled.items]
   packing = Packing(pairs, min(settings.batch_size, len(pairs)), settings.microbatch_tokens, batch_ways(mesh))
-  steps = _steps(len(pairs), settings.batch_size)
+  steps = in_order(len(pairs), settings.batch_size)
   program = align.build_reference(model, mesh)
 
   def known() -> np.ndarray:
@@ -210,7 +211,7 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
 
   two_of_each = [texts[:2] for texts in sampled.texts]
   pairs = [reward.Example(engine.encode(*each), 0.0) for each in zip(sampled.prompts, two_of_each, strict=True)]
-  steps, laid_out = _steps(len(pairs), settings.batch_size), reward.Examples(engine, pairs, settings)
+  steps, laid_out = in_order(len(pairs), settings.batch_size), reward.Examples(engine, pairs, settings)
   part = trained_part(model, settings.lora, lambda: params, jax.random.key(0), mesh)
   trainer = build_trainer(reward.build_loss(engine, settings), settings, len(steps), part.skeleton, mesh)
   trainable = part.load()
@@ -247,11 +248,6 @@ def _size(params: Params) -> int:
 
 def _tokens(items: Sequence[Item]) -> int:
   return sum(item.tokens for item in items)
-
-
-def _steps(pairs: int, size: int) -> list[range]:
-  """Pairs in their order, a batch a step."""
-  return [range(start, min(start + size, pairs)) for start in range(0, pairs, size)]
 
 
 def _as_items(items: Sequence[Encoded]) -> list[Item]:

@@ -151,8 +151,13 @@ def load_run(folder: Path) -> Run:
   settings = yaml.safe_load(text) or {}
   if "pairs" in settings:
     raise UserError(f"{folder}: a reward model was trained here, without rounds to report; metrics.json says how good")
-  rounds = [_load_round(path) for path in folder.iterdir() if re.fullmatch(r"round_\d+", path.name)]
-  return Run(folder, text, settings, sorted(rounds, key=lambda round: round.number))
+  return Run(folder, text, settings, [_load_round(number, path) for number, path in round_folders(folder)])
+
+
+def round_folders(run: Path) -> list[tuple[int, Path]]:
+  """Number and folder of each round that has begun, in their order."""
+  names = (re.fullmatch(r"round_(\d+)", path.name) for path in run.iterdir())
+  return sorted((int(name[1]), run / name[0]) for name in names if name)
 
 
 def load_comparisons(round: Round) -> list[Comparison]:
@@ -164,10 +169,10 @@ def load_comparisons(round: Round) -> list[Comparison]:
   return [_comparison(row) for row in pq.read_table(file, columns=columns).to_pylist()]
 
 
-def _load_round(folder: Path) -> Round:
+def _load_round(number: int, folder: Path) -> Round:
   metrics = folder / "metrics.json"
   return Round(
-    int(folder.name.removeprefix("round_")),
+    number,
     folder,
     _metrics(_parse(metrics.read_text(encoding="utf-8"))) if metrics.is_file() else None,
     _steps(folder / "align.jsonl"),

@@ -1,7 +1,6 @@
 """What `tsalign verdicts` shows of a run: how the teacher judged, and what that cost."""
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tsalign_jax.data.tables import Rows, read_table
+from tsalign_jax.report.load import round_folders
 from tsalign_jax.report.words import percent
 from tsalign_jax.teachers import ledger
 from tsalign_jax.teachers.statistics import Judged, by_member, statistics
@@ -46,7 +46,7 @@ def verdict_tables(run: Path) -> list[Table]:
 def _judged(run: Path) -> dict[str, list[Judged]]:
   """Verdicts on pairs of every round, and on held-out comparisons of every round."""
   sets = {}
-  for number, folder in _rounds(run):
+  for number, folder in round_folders(run):
     if (folder / "verdicts.parquet").is_file():
       sets[f"round {number}" if number else "warm start"] = _pairs(folder)
     if (folder / "comparisons.parquet").is_file():
@@ -59,18 +59,13 @@ def _judged(run: Path) -> dict[str, list[Judged]]:
 def _others(run: Path) -> dict[str, list[Judged]]:
   """Verdicts of each further judge on held-out comparisons, by round; their evidence is not kept."""
   sets: dict[str, list[Judged]] = {}
-  for number, folder in _rounds(run):
+  for number, folder in round_folders(run):
     file = folder / "comparisons.parquet"
     for row in read_table(file) if file.is_file() else ():
       for name, verdict in json.loads(row["others"] or "{}").items():
         judged = Judged(row["policy"], row["base"], Verdict(verdict), {})
         sets.setdefault(f"{name}, round {number}", []).append(judged)
   return sets
-
-
-def _rounds(run: Path) -> list[tuple[int, Path]]:
-  folders = sorted(path for path in run.iterdir() if re.fullmatch(r"round_\d+", path.name))
-  return [(int(folder.name.removeprefix("round_")), folder) for folder in folders]
 
 
 def _pairs(folder: Path) -> list[Judged]:

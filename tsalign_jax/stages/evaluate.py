@@ -9,12 +9,12 @@ import numpy as np
 from tsalign_jax.data.packing import Item, Packing
 from tsalign_jax.data.tables import COMPARISONS, Rows, by_prompt, read_table, to_prompt, write_table
 from tsalign_jax.pairing.statistics import bootstrap_interval, win_rate
-from tsalign_jax.parallel.mesh import batch_ways, put_batch
+from tsalign_jax.parallel.mesh import batch_ways
 from tsalign_jax.stages.base import Counts, Job
 from tsalign_jax.stages.diagnose import student_quality, student_regret
 from tsalign_jax.teachers.base import Teacher
 from tsalign_jax.teachers.build import build_judges, build_teacher
-from tsalign_jax.training.align import build_reference
+from tsalign_jax.training.align import build_reference, known_logps
 from tsalign_jax.types import CandidatePair, Judgement, Verdict
 
 Answers = Sequence[tuple[int, dict, dict]]  # prompt id, the policy's answer, the base policy's
@@ -102,8 +102,4 @@ def _kl(job: Job, prompts: dict[int, dict], policy: dict[int, Rows]) -> float:
   items = [Item(prompts[i]["tokens"], [row["tokens"] for row in policy[i]]) for i in prompts]
   sampled = np.asarray([[row["logprob"] for row in policy[i]] for i in prompts])
   packing = Packing(items, len(items), job.config.align.microbatch_tokens, batch_ways(job.mesh))
-  differences = []
-  for packed, place in packing.batches(range(len(items))):
-    initial = np.asarray(program(params, put_batch(packed, job.mesh)))
-    differences.append(sampled[place[place >= 0]] - initial[place >= 0])
-  return float(np.mean(np.concatenate(differences)))
+  return float(np.mean(sampled - known_logps(program, params, packing, [range(len(items))], job.mesh)))

@@ -23,6 +23,11 @@ def training_steps(pairs: int, settings: Optimizer) -> int:
   return max(1, math.ceil(pairs * settings.epochs / settings.batch_size))
 
 
+def in_order(pairs: int, size: int) -> list[range]:
+  """The steps of one pass over the pairs as they come."""
+  return [range(start, min(start + size, pairs)) for start in range(0, pairs, size)]
+
+
 def batches_of(pairs: int, settings: Optimizer, seed: int) -> grain.DatasetIterator:
   """Batches of pair indices, reshuffled each epoch; its state can be saved and restored."""
   indices = grain.MapDataset.range(pairs).seed(seed).shuffle().repeat(settings.epochs)
