@@ -13,6 +13,18 @@ from tsalign_jax.parallel.mesh import make_mesh
 
 
 @pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+  """For commands on one device; what one of them compiles, the next ones find."""
+  return os.environ | {
+    "XLA_FLAGS": "",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+  }
+
+
+@pytest.fixture(scope="session")
 def one_device():
   return make_mesh(devices=jax.devices()[:1])
 

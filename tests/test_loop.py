@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -42,18 +41,14 @@ def metrics_of(folder) -> dict:
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory):
+def setting(tmp_path_factory, environment):
   """A tiny configuration, and the metrics of an undisturbed run of it in a process of its own."""
   folder = tmp_path_factory.mktemp("setting")
   # A judge that differs from the teacher where a prompt brings no checks of its own, and here all do.
   twin = {"default": [{"name": "max_words", "limit": 9}]}
   config = tiny.run_config(folder, evaluation={"resamples": 200, "judges": {"twin": twin}})
-  subprocess.run([*COMMAND, config], check=True, env=_one_device(), stdout=subprocess.DEVNULL)
+  subprocess.run([*COMMAND, config], check=True, env=environment, stdout=subprocess.DEVNULL)
   return folder, config
-
-
-def _one_device() -> dict[str, str]:
-  return os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
 
 
 def test_a_run_leaves_every_table_and_metric(setting):
@@ -80,9 +75,9 @@ def test_a_run_leaves_every_table_and_metric(setting):
   assert not list((folder / "run").glob("*/*.partial")) and not list((folder / "run").glob("*/*.out"))
 
 
-def test_without_distil_the_student_stays(tmp_path):
+def test_without_distil_the_student_stays(tmp_path, environment):
   config = tiny.run_config(tmp_path, rounds=1, distil=None, student={"path": str(tmp_path / "student")})
-  subprocess.run([*COMMAND, config], check=True, env=_one_device(), stdout=subprocess.DEVNULL)
+  subprocess.run([*COMMAND, config], check=True, env=environment, stdout=subprocess.DEVNULL)
   metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
   assert not (tmp_path / "run" / "round_01" / "student").exists() and "distil" not in metrics["seconds"]
   for key in ("student_accuracy_mined", "student_accuracy_random", "student_calibration"):
@@ -106,10 +101,10 @@ def test_policy_is_its_own_reference_at_the_first_step(setting):
     assert first["loss"] == pytest.approx(math.log(2))
 
 
-def test_running_again_does_nothing_again(setting):
+def test_running_again_does_nothing_again(setting, environment):
   folder, config = setting
   before = {file: file.stat().st_mtime_ns for file in (folder / "run").glob("round_*/*.parquet")}
-  subprocess.run([*COMMAND, config], check=True, env=_one_device(), stdout=subprocess.DEVNULL)
+  subprocess.run([*COMMAND, config], check=True, env=environment, stdout=subprocess.DEVNULL)
   assert before == {file: file.stat().st_mtime_ns for file in (folder / "run").glob("round_*/*.parquet")}
 
 
@@ -125,26 +120,26 @@ KILL_POINTS = {
 
 
 @pytest.mark.parametrize("point", KILL_POINTS)
-def test_killed_and_continued_run_equals_an_undisturbed_one(point, setting, tmp_path):
+def test_killed_and_continued_run_equals_an_undisturbed_one(point, setting, environment, tmp_path):
   folder, config = setting
   override = f"run={tmp_path / 'run'}"
-  process = subprocess.Popen([*COMMAND, config, override], env=_one_device(), stdout=subprocess.DEVNULL)
+  process = subprocess.Popen([*COMMAND, config, override], env=environment, stdout=subprocess.DEVNULL)
   while not (tmp_path / "run" / KILL_POINTS[point]).exists():
     assert process.poll() is None, "the run ended before the file came that it was to be killed at"
     time.sleep(0.002)
   process.send_signal(signal.SIGKILL)
   process.wait()
   assert not (tmp_path / "run" / "metrics.json").exists() or "second round" in point
-  subprocess.run([*COMMAND, config, override], check=True, env=_one_device(), stdout=subprocess.DEVNULL)
+  subprocess.run([*COMMAND, config, override], check=True, env=environment, stdout=subprocess.DEVNULL)
   assert metrics_of(tmp_path / "run") == metrics_of(folder / "run")
 
 
-def test_killed_over_and_over_it_still_ends_the_same(setting, tmp_path):
+def test_killed_over_and_over_it_still_ends_the_same(setting, environment, tmp_path):
   folder, config = setting
   override = f"run={tmp_path / 'run'}"
   for seconds in range(6, 60, 2):
     try:
-      subprocess.run([*COMMAND, config, override], timeout=seconds, env=_one_device(), stdout=subprocess.DEVNULL)
+      subprocess.run([*COMMAND, config, override], timeout=seconds, env=environment, stdout=subprocess.DEVNULL)
       break
     except subprocess.TimeoutExpired:  # subprocess.run has killed it
       continue

@@ -35,7 +35,6 @@ from tsalign_jax.types import CandidatePair, Prompt, UserError, Verdict
 
 QUIET = terminal_progress(Console(quiet=True))
 COMMAND = [sys.executable, "-m", "tsalign_jax.cli", "train-reward"]
-ONE_DEVICE = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
 
 
 def preference(number: int) -> dict:
@@ -91,11 +90,11 @@ def metrics_of(run) -> dict:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, environment):
   """An undisturbed training of a decoder in a process of its own, and what it printed."""
   folder = tmp_path_factory.mktemp("trained")
   config = config_file(folder)
-  result = subprocess.run([*COMMAND, config], check=True, env=ONE_DEVICE | {"COLUMNS": "200"}, capture_output=True)
+  result = subprocess.run([*COMMAND, config], check=True, env=environment | {"COLUMNS": "200"}, capture_output=True)
   return folder, config, result.stdout.decode()
 
 
@@ -188,17 +187,17 @@ def test_the_model_serves_as_teacher_and_as_student(trained, tmp_path):
   assert sum(judgement.verdict == Verdict.SECOND for judgement in judged) > 0.9 * len(judged)
 
 
-def test_killed_and_continued_training_equals_an_undisturbed_one(trained, tmp_path):
+def test_killed_and_continued_training_equals_an_undisturbed_one(trained, environment, tmp_path):
   folder, config, _ = trained
   command = [*COMMAND, config, f"run={tmp_path / 'run'}"]
-  process = subprocess.Popen(command, env=ONE_DEVICE, stdout=subprocess.DEVNULL)
+  process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
   while not (tmp_path / "run" / "train.partial" / "steps" / "8").exists():
     assert process.poll() is None, "the training ended before it could be killed"
     time.sleep(0.002)
   process.send_signal(signal.SIGKILL)
   process.wait()
   assert not (tmp_path / "run" / "model").exists()
-  subprocess.run(command, check=True, env=ONE_DEVICE, stdout=subprocess.DEVNULL)
+  subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
   assert metrics_of(tmp_path / "run") == metrics_of(folder / "run")
   for file in ("train.jsonl", "model/model.safetensors"):
     assert (tmp_path / "run" / file).read_bytes() == (folder / "run" / file).read_bytes()
