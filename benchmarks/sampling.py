@@ -11,7 +11,7 @@ from benchmarks.terminal import add_prompts, add_tuning, command, parser
 from benchmarks.workload import load_chat, prompts
 
 PEER = "transformers"
-OURS = [{"batch_prompts": batch, "lanes": lanes} for batch, lanes in ((32, 8), (32, 4), (16, 8), (16, 4))]
+OURS = [{"batch_prompts": batch, "lanes": lanes} for batch, lanes in ((32, 8), (32, 4), (32, 2), (16, 8), (16, 4))]
 THEIRS = [
   {"batch": 8, "attention": "sdpa"},
   {"batch": 4, "attention": "sdpa"},

@@ -114,7 +114,6 @@ KILL_POINTS = {
   "inside align, before a step": "round_01/align.partial/reference_logps.npy",
   "inside align, after a checkpoint": "round_01/align.partial/steps/2",
   "inside distil": "round_01/distil.partial/steps/2",
-  "between distil and answer": "round_01/student",
   "inside the second round": "round_02/sample.partial/00000000.parquet",
 }
 
