@@ -74,13 +74,18 @@ def plan(items: Sequence[Item], at_once: int, tokens: int, ways: int, *, roomy: 
     rows = [len(assign(items, step, _roomy(length, 0))) for step in steps]
     for most in range(ways, max(ways, tokens // length) + 1, ways):
       parts = [part_sizes(count, most, ways) for count in rows]
-      computed = sum(map(sum, parts)) * length * (1 + length / ATTENTION) + CALL * sum(map(len, parts))
+      computed = row_cost(sum(map(sum, parts)) * length, length) + CALL * sum(map(len, parts))
       cost = computed * (1.0 if length == shortest else RELUCTANCE)
       if cost <= least:
         best, least = (length, most), cost
   length, most = best
   layout = _roomy(length, len(items[0].responses))
   return (layout if roomy else _fitted(layout, items, steps)), most
+
+
+def row_cost(tokens: int, length: int) -> float:
+  """What so many tokens cost in rows of this length, attention included: in tokens that attend to nothing."""
+  return tokens * (1 + length / ATTENTION)
 
 
 def _likely_steps(items: int, at_once: int) -> list[list[int]]:

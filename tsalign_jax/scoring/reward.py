@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from tsalign_jax.config import RewardModel
 from tsalign_jax.data.batching import bucket, make_branches, pad_right, part_size, round_up
 from tsalign_jax.data.chat import Chat, load_tokenizer
-from tsalign_jax.data.packing import ATTENTION, MULTIPLE, Item, Packing
+from tsalign_jax.data.packing import MULTIPLE, Item, Packing, row_cost
 from tsalign_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig, read_config
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.hf import WeightFiles
@@ -242,8 +242,7 @@ class DecoderEngine(RewardEngine):
       for part in of
     ]
     length = round_up(max(tokens, default=0), MULTIPLE)
-    in_rows = ROOM * (1 + length / ATTENTION) * sum(tokens)
-    divided = in_rows < sum(self.tokens(item, self.steps) for item in items)
+    divided = ROOM * row_cost(sum(tokens), length) < sum(self.tokens(item, self.steps) for item in items)
     for index, (item, of) in enumerate(zip(items, parts, strict=True)):
       for part in of if divided else [range(len(item.responses))]:
         responses, cut = ([values[k] for k in part] for values in (item.responses, item.cut))
