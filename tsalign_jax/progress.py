@@ -8,28 +8,34 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Advance = Callable[[float, str], None]
+SILENCE = 60  # seconds between two lines of a stage where no bar can be drawn
 
 
-def terminal_progress(console: Console) -> Callable[[str], Callable]:
-  """For each stage, its display: a live bar in a terminal, one closing line everywhere."""
+def terminal_progress(console: Console, clock: Callable[[], float] = time.monotonic) -> Callable[[str], Callable]:
+  """For each stage, its display: a live bar in a terminal, a line a minute in a log, one closing line everywhere."""
 
   def of_stage(stage: str):
     @contextlib.contextmanager
     def display(total: int, unit: str) -> Iterator[Advance]:
-      started, last = time.monotonic(), ""
-      with Progress(*_columns(unit), console=console, transient=True) as bar:
+      started = spoken = clock()
+      last = ""
+      drawn = console.is_terminal or console.is_jupyter
+      with Progress(*_columns(unit), console=console, transient=True, disable=not drawn) as bar:
         task = bar.add_task(stage, total=total, note="", rate="")
 
         def advance(amount: float, note: str = "") -> None:
-          nonlocal last
-          last = note or last
+          nonlocal last, spoken
+          last, now = note or last, clock()
           bar.advance(task, amount)
           done = bar.tasks[0].completed
-          rate = f"{done / max(time.monotonic() - started, 1e-9):.1f} {unit}/s"
+          rate = f"{done / max(now - started, 1e-9):.1f} {unit}/s"
           bar.update(task, note=last, rate=rate)
+          if not drawn and now - spoken >= SILENCE:
+            console.print(f"  {stage:20} {done:>7.0f} of {total} {unit}  {rate}  {last}", highlight=False)
+            spoken = now
 
         yield advance
-      seconds = time.monotonic() - started
+      seconds = clock() - started
       console.print(f"[green]✓[/] {stage:20} {total:>7} {unit:<10} {seconds:7.1f} s  [dim]{last}[/]", highlight=False)
 
     return display

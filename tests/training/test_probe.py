@@ -54,17 +54,19 @@ def test_the_fitted_head_orders_pairs_in_its_model_and_is_fitted_once(family, tm
   ]
   examples = [reward.make_example(engine, pair) for pair in pairs]
   file = tmp_path / "probe.npz"
-  fitted = reward.probed(engine, params, examples, 256, file)
+  read = []
+  fitted = reward.probed(engine, params, examples, 256, file, read.append)
+  assert read[-1] == len(pairs)
   changed = [name for name in params if not np.array_equal(params[name], fitted[name])]
   assert changed == [model.head_kernel]
   scores = dict(engine.score(fitted, [example.item for example in examples]))
   right = np.mean([better > worse for better, worse in scores.values()])
   assert right > 0.9 and reward.left_out_accuracy(file) > 0.7
   # The rewards are linear in what the probe was fitted to.
-  features = reward._features(engine, params, [example.item for example in examples], 256)
+  features = reward._features(engine, params, [example.item for example in examples], 256, read.append)
   margins = (features[:, 0] - features[:, 1]) @ np.asarray(fitted[model.head_kernel])[:, 0]
   np.testing.assert_allclose([better - worse for better, worse in map(scores.get, range(24))], margins, atol=1e-4)
 
   monkeypatch.setattr(reward, "_features", None)
-  again = reward.probed(engine, params, examples, 256, file)
+  again = reward.probed(engine, params, examples, 256, file, read.append)
   np.testing.assert_array_equal(again[model.head_kernel], fitted[model.head_kernel])

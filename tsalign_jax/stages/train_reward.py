@@ -34,12 +34,14 @@ def train_reward(job: Job) -> Counts:
   with job.progress(steps, "steps") as advance:
     advance(0, f"{dropped.total()} of {len(examples) + dropped.total()} pairs dropped")
 
+    def probing(pairs: int) -> None:
+      advance(0, f"the head alone: {pairs} of {len(examples)} pairs read")
+
     def start():
       params = job.load(model, job.reads["model"])
       if not config.probe:
         return params
-      advance(0, "the head alone")
-      return probed(engine, params, examples, settings.microbatch_tokens, job.partial / PROBE)
+      return probed(engine, params, examples, settings.microbatch_tokens, job.partial / PROBE, probing)
 
     params = fit(
       engine,

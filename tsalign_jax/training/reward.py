@@ -70,14 +70,20 @@ def build_loss(engine: RewardEngine, settings: RewardTraining):
 
 
 def probed(
-  engine: RewardEngine, params: Params, examples: Sequence[Example], tokens: int, file: Path
+  engine: RewardEngine,
+  params: Params,
+  examples: Sequence[Example],
+  tokens: int,
+  file: Path,
+  on_pairs: Callable[[int], None],
 ) -> dict[str, jax.Array]:
   """The parameters with the head that suits these pairs best: see `training.probe`.
 
   It is kept in `file`, with how often heads are right of pairs that were left out of their fit; what is there is read.
+  `on_pairs` is told how many pairs the backbone has read so far.
   """
   if not file.exists():
-    both = _features(engine, params, [example.item for example in examples], tokens)
+    both = _features(engine, params, [example.item for example in examples], tokens, on_pairs)
     head, share = fit_head(both[:, 0], both[:, 1], np.asarray([example.margin for example in examples]))
     with file.with_name("unfinished.npz").open("wb") as unfinished:
       np.savez(unfinished, head=head, share=share)
@@ -92,13 +98,17 @@ def left_out_accuracy(file: Path) -> float:
   return float(np.load(file)["share"])
 
 
-def _features(engine: RewardEngine, params: Params, items: Sequence[Encoded], tokens: int):
-  """[items, 2, features] of the better and of the worse response."""
-  out = None
+def _features(
+  engine: RewardEngine, params: Params, items: Sequence[Encoded], tokens: int, on_pairs: Callable[[int], None]
+) -> Float[np.ndarray, "items 2 features"]:
+  """Features of the better and of the worse response."""
+  out, read = None, 0
   for batch, place in engine.lay_out(items, len(items), tokens).batches(range(len(items))):
     found = np.asarray(engine.feature_program(params, put_batch(batch, engine.mesh)))
     out = np.zeros((len(items), *found.shape[-2:]), np.float32) if out is None else out
     out[place[place >= 0]] = found[place >= 0]
+    read += int((place >= 0).sum())
+    on_pairs(read)
   return out
 
 

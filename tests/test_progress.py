@@ -1,0 +1,29 @@
+"""Tests of what a stage shows of its progress where no bar can be drawn."""
+
+import io
+
+from rich.console import Console
+
+from tsalign_jax.progress import SILENCE, terminal_progress
+
+
+def shown(seconds: list[float]) -> list[str]:
+  """Lines of a log after so many seconds between one response and the next."""
+  now, out = [0.0], io.StringIO()
+  console = Console(file=out, force_terminal=False, width=100)
+  with terminal_progress(console, lambda: now[0])("round_01/sample")(8, "responses") as advance:
+    for passed in seconds:
+      now[0] += passed
+      advance(1, "2 harvested")
+  return out.getvalue().splitlines()
+
+
+def test_a_log_gets_a_line_a_minute_and_one_at_the_end():
+  lines = shown([SILENCE / 4] * 8)
+  assert len(lines) == 3
+  assert lines[0].split() == ["round_01/sample", "4", "of", "8", "responses", "0.1", "responses/s", "2", "harvested"]
+  assert lines[-1].startswith("✓ round_01/sample")
+
+
+def test_a_stage_of_a_few_seconds_is_one_line():
+  assert len(shown([1.0] * 8)) == 1
