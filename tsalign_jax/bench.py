@@ -30,6 +30,7 @@ from tsalign_jax.ops.einsum import wide_matmul
 from tsalign_jax.parallel.mesh import batch_ways, make_mesh
 from tsalign_jax.sampling.engine import build_sampler
 from tsalign_jax.scoring.reward import Encoded, build_reward_engine
+from tsalign_jax.stages.base import sampling_mesh
 from tsalign_jax.training import align, reward
 from tsalign_jax.training.optimizer import build_trainer
 from tsalign_jax.training.run import in_order
@@ -86,10 +87,15 @@ def bench(config: Config, prompts: int, runs: int) -> Iterator[Machine | Phase]:
     raise UserError(f"{config.prompts.train}: every prompt is longer than prompts.max_tokens")
   yield measure(mesh, policy)
   chosen = [(conversations[i], tokens[i]) for i in usable]
-  sampling_mesh = make_mesh(**config.sampling_mesh.model_dump()) if config.sampling_mesh else mesh
-  sampled, phase = _sample(config, policy, sampling_mesh, chat, chosen, runs)
+  sampled_on = sampling_mesh(config, mesh)
+  params = policy.load(sampled_on)
+  sampled, phase = _sample(config, policy, sampled_on, params, chat, chosen, runs)
   yield phase
-  yield from _align(config, policy, mesh, sampled, runs)
+  if sampled_on != mesh:
+    del params  # before there is another copy
+    params = policy.load(mesh)
+  yield from _align(config, policy, mesh, params, sampled, runs)
+  del params
   yield from _student(config, student, mesh, sampled, runs)
 
 
@@ -147,9 +153,8 @@ def _legend(machine: Machine) -> str:
   )
 
 
-def _sample(config: Config, model: ModelHandle, mesh: Mesh, chat: Chat, prompts, runs: int):
+def _sample(config: Config, model: ModelHandle, mesh: Mesh, params: Params, chat: Chat, prompts, runs: int):
   """What was sampled, and how fast."""
-  params = model.load(mesh)
   sampler = build_sampler(model, mesh, config.sampling, chat.stop_tokens)
   tokens = [tokens for _, tokens in prompts]
 
@@ -166,9 +171,11 @@ def _sample(config: Config, model: ModelHandle, mesh: Mesh, chat: Chat, prompts,
   return Sampled([messages for messages, _ in prompts], texts, items), phase
 
 
-def _align(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, runs: int) -> Iterator[Phase]:
+def _align(
+  config: Config, model: ModelHandle, mesh: Mesh, params: Params, sampled: Sampled, runs: int
+) -> Iterator[Phase]:
   """Reference log-probabilities and DPO steps over the first two responses to each prompt."""
-  params, settings = model.load(mesh), config.align
+  settings = config.align
   pairs = [Item(item.prompt, item.responses[:2]) for item in sampled.items]
   packing = Packing(pairs, min(settings.batch_size, len(pairs)), settings.microbatch_tokens, batch_ways(mesh))
   steps = in_order(len(pairs), settings.batch_size)

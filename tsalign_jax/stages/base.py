@@ -47,8 +47,7 @@ class Job:
   @property
   def sampling_mesh(self) -> Mesh:
     """The same devices as the policy samples on them."""
-    apart = self.config.sampling_mesh
-    return make_mesh(**apart.model_dump()) if apart else self.mesh
+    return sampling_mesh(self.config, self.mesh)
 
   @property
   def seed(self) -> int:
@@ -79,6 +78,11 @@ class Job:
     if Path(source) == model.folder:
       return model.load(mesh, head_key=jax.random.key(self.config.seed))
     return model.restore(source, mesh)
+
+
+def sampling_mesh(config: Config, mesh: Mesh) -> Mesh:
+  """The mesh that the policy samples on: that of the run, unless the configuration names another."""
+  return make_mesh(**config.sampling_mesh.model_dump()) if config.sampling_mesh else mesh
 
 
 class Pace:
