@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from tsalign_jax.teachers.base import Teacher, Work
+from tsalign_jax.teachers.checks import ChecksTeacher
 from tsalign_jax.teachers.ensemble import Ensemble, majority, mean
 from tsalign_jax.types import CandidatePair, Judgement, Prompt, UserError, Verdict
 
@@ -30,6 +31,13 @@ class Fixed(Teacher):
 
   def __exit__(self, *exception):
     self.open = False
+
+
+def test_a_member_may_be_any_teacher():
+  checks = ChecksTeacher(default=[{"name": "max_words", "limit": 2}])
+  with Ensemble([Fixed("one", Judgement(T)), checks], "mean", "teacher") as teacher:
+    judged = teacher.judge([PAIR, CandidatePair(PAIR.prompt, "Not for me, thank you.", "No.")])
+  assert [each.verdict for each in judged] == [T, S]
 
 
 MAJORITIES = {

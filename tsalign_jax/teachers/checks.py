@@ -91,7 +91,7 @@ def score(response: str, checks: Sequence[dict]) -> float:
   return (len(checks) - len(failed(response, checks))) / len(checks)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ChecksTeacher(Teacher):
   """Prefers the response that satisfies more of its prompt's checks; of `default` where a prompt has none."""
 

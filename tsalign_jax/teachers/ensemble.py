@@ -52,8 +52,12 @@ class Ensemble(Teacher):
     return [future for member in self._members for future in member.ahead(pairs)]
 
   def worked(self) -> Work | None:
-    """The work of the member that took longest, of those that know theirs."""
-    known = [work for member in self._members if (work := member.worked())]
+    """The work of the member that took longest, of those that know theirs: of those behind a network, if there are any.
+
+    Only these work ahead, and what is counted then must be theirs later too.
+    """
+    members = [member for member in self._members if member.remote] or self._members
+    known = [work for member in members if (work := member.worked())]
     return max(known, key=lambda work: work.seconds, default=None)
 
   def note(self) -> str:
