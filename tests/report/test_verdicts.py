@@ -5,6 +5,7 @@ import json
 from io import StringIO
 
 import pytest
+import yaml
 from rich.console import Console
 from stages import judging
 from teachers.asked import pair
@@ -92,6 +93,19 @@ def test_reward_models_have_a_table_of_what_they_scored(run):
   assert ["reward_model", "y", "1", "7", "0", "0.0", "0.0"] in printed
 
 
+def test_scores_in_a_store_that_runs_share_are_shown_as_such(run, tmp_path):
+  shared = tmp_path / "shared.sqlite"
+  store = ScoreStore(shared)
+  store.put("reward_model [x]", {"a": Score(1.5, 900, False, 0.5)})
+  store.close()
+  config = {"run": "x", "teacher": {"members": [{"kind": "checks"}, {"kind": "reward_model", "store": str(shared)}]}}
+  (run / "config.yaml").write_text(yaml.safe_dump(config))
+  printed = " ".join(" ".join(line) for line in lines(run))
+  assert (
+    "Responses scored by reward models in all runs with" in printed and "reward_model [x] 1 900 0 0.5 2.0" in printed
+  )
+
+
 async def spend(file):
   ledger = Ledger(file, "judge", 10.0, lambda: 0.0)
   for price in (Price(100, 10, 0.25), Price(200, 20, 0.5)):
@@ -104,6 +118,7 @@ async def spend(file):
 def test_bill_shows_requests_tokens_and_cost_also_before_anything_is_judged(run, judged, tmp_path):
   folder = run if judged else tmp_path / "early"
   folder.mkdir(exist_ok=True)
+  (folder / "config.yaml").write_text("run: x\n")
   asyncio.run(spend(folder / FILE))
   printed = lines(folder)
   assert ["judge", "3", "300", "30", "2.7500"] in printed
@@ -112,5 +127,6 @@ def test_bill_shows_requests_tokens_and_cost_also_before_anything_is_judged(run,
 
 
 def test_run_without_verdicts_is_said_so(tmp_path):
+  (tmp_path / "config.yaml").write_text("run: x\n")
   with pytest.raises(UserError, match="nothing has been judged yet"):
     verdict_tables(tmp_path)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -28,7 +29,8 @@ _MEANING = (
 
 def verdict_tables(run: Path) -> list[Table]:
   """Verdicts by stage, for the teacher and for each member of an ensemble; what was scored; a bill of what was paid."""
-  sets, bill, scores = _judged(run), ledger.accounts(run / ledger.FILE), scored(run / STORE)
+  sets, bill = _judged(run), ledger.accounts(run / ledger.FILE)
+  scores = {store: found for store in (run / STORE, *_shared_stores(run)) if (found := scored(store))}
   everything = [each for judged in sets.values() for each in judged]
   if not (everything or bill or scores):
     raise UserError(f"{run}: nothing has been judged yet")
@@ -39,7 +41,8 @@ def verdict_tables(run: Path) -> list[Table]:
     tables.append(_verdicts(others, "Verdicts of further judges"))
   if tables:
     tables[-1].caption = _MEANING
-  tables += [_scores(scores)] if scores else []
+  own = run / STORE
+  tables += [_scores(found, "" if store == own else f" in all runs with {store}") for store, found in scores.items()]
   return [*tables, _bill(bill)] if bill else tables
 
 
@@ -83,6 +86,20 @@ def _teacher(run: Path) -> str:
   return json.loads(file.read_text())["identity"] if file.is_file() else "the teacher"
 
 
+def _shared_stores(run: Path) -> list[Path]:
+  """The stores that the run's teachers share with other runs: whatever is called `store` in its configuration."""
+  config, found = yaml.safe_load((run / "config.yaml").read_text()), []
+
+  def search(node: object) -> None:
+    for name, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+      if name == "store" and value:
+        found.append(Path(value))
+      search(value)
+
+  search(config)
+  return sorted(set(found))
+
+
 def _verdicts(sets: dict[str, list[Judged]], title: str) -> Table:
   found = {name: statistics(judged) for name, judged in sets.items()}
   known = [share for share in _SHARES if any(share in each.shares() for each in found.values())]
@@ -100,8 +117,10 @@ def _points(share: float | None) -> str:
   return percent(share, 0).rstrip("%")
 
 
-def _scores(scores: Sequence[Scored]) -> Table:
-  table = _table("Responses scored by reward models", ["", "responses", "tokens", "cut", "seconds", "responses/s"])
+def _scores(scores: Sequence[Scored], where: str) -> Table:
+  table = _table(
+    f"Responses scored by reward models{escape(where)}", ["", "responses", "tokens", "cut", "seconds", "responses/s"]
+  )
   for each in scores:
     speed = each.responses / each.seconds if each.seconds else 0.0
     counts = (f"{count:,}" for count in (each.responses, each.tokens, each.cut))

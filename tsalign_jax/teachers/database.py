@@ -1,11 +1,13 @@
 """SQLite files that survive a killed process and are shared by several."""
 
 import sqlite3
+import time
 from pathlib import Path
 
 from tsalign_jax.types import UserError
 
 VERSION = 1
+PATIENCE = 60.0  # seconds to wait for another process
 
 
 def open_database(file: Path, schema: str) -> sqlite3.Connection:
@@ -17,8 +19,8 @@ def open_database(file: Path, schema: str) -> sqlite3.Connection:
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
     # The connection is made by one thread and used by another, never by two at once.
-    connection = sqlite3.connect(file, timeout=60.0, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA journal_mode = WAL")
+    connection = sqlite3.connect(file, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
+    _write_ahead(connection)
     connection.execute("PRAGMA synchronous = NORMAL")
     found = connection.execute("PRAGMA user_version").fetchone()[0]
     if found not in (0, VERSION):
@@ -29,6 +31,19 @@ def open_database(file: Path, schema: str) -> sqlite3.Connection:
   return connection
 
 
+def _write_ahead(connection: sqlite3.Connection) -> None:
+  """Switches to write-ahead mode. SQLite does not wait for whoever else opens a new file at this moment, so we do."""
+  patience = time.monotonic() + PATIENCE
+  while True:
+    try:
+      connection.execute("PRAGMA journal_mode = WAL")
+      return
+    except sqlite3.OperationalError as error:
+      if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > patience:
+        raise
+    time.sleep(0.01)
+
+
 def read_database(file: Path) -> sqlite3.Connection:
   """A connection that only reads."""
-  return sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", timeout=60.0, uri=True)
+  return sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", timeout=PATIENCE, uri=True)

@@ -73,7 +73,7 @@ class RewardModelTeacher(Teacher):
     return self._work
 
   def note(self) -> str:
-    """How much has been scored in this run so far."""
+    """How much has been scored so far: in this run, or in all that share its store."""
     total = self._store.total(self.identity)
     cut = f", {total.cut:,} cut to {self._settings.max_tokens} tokens" if total.cut else ""
     return f"{total.responses:,} responses scored{cut}"

@@ -113,16 +113,21 @@ class ScoreStore:
     return {key: Score(row[0], row[1], bool(row[2]), row[3]) for key, row in rows.items() if row}
 
   def put(self, teacher: str, scores: Mapping[str, Score]) -> dict[str, Score]:
-    """Stores all of them or, if the process dies, none; returns them.
+    """Stores all of them or, if the process dies, none; returns what is stored, as another run may have been first.
 
     A score depends in its last digits on what it was computed with. Because of all or none, a run that was killed
     computes it with the same again.
     """
     rows = [(key, teacher, *dataclasses.astuple(score)) for key, score in scores.items()]
     self._database.execute("BEGIN IMMEDIATE")
-    self._database.executemany("INSERT INTO scores VALUES (?, ?, ?, ?, ?, ?)", rows)
+    try:
+      add = "INSERT INTO scores VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING"
+      self._database.executemany(add, rows)
+    except BaseException:
+      self._database.execute("ROLLBACK")
+      raise
     self._database.execute("COMMIT")
-    return dict(scores)
+    return self.get(list(scores))
 
   def total(self, teacher: str) -> Scored:
     """What this teacher has scored."""
