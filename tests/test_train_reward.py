@@ -297,6 +297,22 @@ def test_nothing_left_to_learn_from_is_said(tmp_path):
     train_reward(settings, QUIET)
 
 
+def test_held_out_pairs_that_could_not_be_measured_are_refused_before_training(tmp_path):
+  config, held = config_file(tmp_path), tmp_path / "held.jsonl"
+  rows = [json.loads(line) for line in held.read_text().splitlines()]
+  template = tmp_path / "no_system.jinja"
+  template.write_text(
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + tiny.TEMPLATE
+  )
+  said = [{"role": role, "content": "the sun"} for role in ("system", "user")]
+  write_rows(held, [*rows[:6], rows[6] | {"prompt": said}])
+  with pytest.raises(UserError, match=r"held.jsonl: row 7: the chat template refuses the prompt that begins 'the sun'"):
+    train_reward(load_config(config, [f"model.chat_template={template}"], RewardConfig), QUIET)
+  write_rows(held, [rows[4]] * 3)
+  with pytest.raises(UserError, match=r"held.jsonl: chosen and rejected are equal in every row"):
+    train_reward(load_config(config, [], RewardConfig), QUIET)
+
+
 WRONG = {
   "misspelt key": (["training.learning_rat=1"], ["training.learning_rat: unknown key; did you mean training.learning"]),
   "no sources": (["pairs.train=[]"], ["pairs.train", "at least 1 item"]),

@@ -11,7 +11,7 @@ from tsalign_jax.models.loading import reward_model
 from tsalign_jax.pairing.statistics import bootstrap_interval, sign, win_rate
 from tsalign_jax.scoring.reward import build_reward_engine
 from tsalign_jax.stages.base import Counts, Job
-from tsalign_jax.types import PreferencePair, UserError
+from tsalign_jax.types import PreferencePair
 
 
 def measure_reward(job: Job) -> Counts:
@@ -26,8 +26,6 @@ def measure_reward(job: Job) -> Counts:
   engine, params = build_reward_engine(model, job.mesh, settings), model.load(job.mesh)
   everything = list(enumerate(read_preferences(config.pairs.heldout)))
   pairs = {row: pair for row, pair in everything if pair.chosen != pair.rejected}
-  if not pairs:
-    raise UserError(f"{config.pairs.heldout}: chosen and rejected are equal in every row; give other held-out pairs")
   items = [engine.encode(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs.values()]
   scores: dict[int, list[float]] = {}
   with job.progress(len(items), "pairs") as advance:
