@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from tsalign_jax.config import Evaluation
+from tsalign_jax.config import Evaluation, Mining
 from tsalign_jax.data.tables import PROMPTS, RESPONSES, SCORES, write_table
 from tsalign_jax.pairing.statistics import sign
 from tsalign_jax.stages import diagnose
@@ -48,15 +48,22 @@ def job(tmp_path, monkeypatch):
   monkeypatch.setattr(diagnose, "build_reward_engine", lambda *_: Engine())
   prompts = {"prompt": [{"role": "user", "content": "?"}], "checks": "[]", "tokens": [1], "dropped": None}
   write_table(tmp_path / "prompts.parquet", [prompts | {"prompt_id": i} for i in PROMPT_IDS], PROMPTS)
-  # Four responses a prompt, worth 0 to 3, of which the student that scored them picks the one worth i % 4.
-  rows = [{"prompt_id": i, "response_id": k, "text": str(k)} for i in PROMPT_IDS for k in range(4)]
+  # Four responses a prompt, worth 0 to 3; the student that scored them likes the best of every third prompt's, and
+  # elsewhere the worst, with the second worst behind it. The worst and the best do not come to an end.
+  rows = [
+    {"prompt_id": i, "response_id": k, "text": str(k), "finish": "length" if k in (0, 3) else "stop"}
+    for i in PROMPT_IDS
+    for k in range(4)
+  ]
   write_table(tmp_path / "responses.parquet", rows, RESPONSES)
-  scores = [row | {"score": float(row["response_id"] == row["prompt_id"] % 4)} for row in rows]
+  scores = [row | {"score": float(row["response_id"] * (1 if row["prompt_id"] % 3 == 0 else -1))} for row in rows]
   write_table(tmp_path / "scores.parquet", [{k: row[k] for k in SCORES.names} for row in scores], SCORES)
   reads = {name: tmp_path / f"{name}.parquet" for name in ("responses", "scores")}
   reads |= {"train_prompts": tmp_path / "prompts.parquet", "student_initial": "initial", "student_now": "now"}
   return types.SimpleNamespace(
-    config=types.SimpleNamespace(seed=0, student=None, evaluation=Evaluation(student_prompts=8, regret_prompts=8)),
+    config=types.SimpleNamespace(
+      seed=0, student=None, mining=Mining(), evaluation=Evaluation(student_prompts=8, regret_prompts=12)
+    ),
     mesh=None,
     reads=reads,
     student=lambda: None,
@@ -81,9 +88,15 @@ def test_a_student_that_orders_backwards_and_one_that_agrees(job):
 
 
 def test_regret_is_what_the_pick_falls_short_of_the_best(job):
-  regret = diagnose.student_regret(job, Counting())["student_regret"]
-  assert regret["prompts"] == 8
-  assert regret["pick"] == pytest.approx(3 - regret["regret"]) if "regret" in regret else regret
+  assert diagnose.student_regret(job, Counting())["student_regret"] == {"pick": 2.0, "random": 1.5, "prompts": 12}
+  job.config.evaluation = Evaluation(regret_prompts=7)
+  assert diagnose.student_regret(job, Counting())["student_regret"]["prompts"] == 7
+
+
+def test_regret_is_about_responses_that_mining_may_pick(job):
+  job.config.mining = Mining(drop_truncated=True)
+  found = diagnose.student_regret(job, Counting())["student_regret"]
+  assert found == {"pick": pytest.approx(2 / 3), "random": 0.5, "prompts": 12}
 
 
 def test_none_is_asked_for_where_nothing_is_wanted(job):

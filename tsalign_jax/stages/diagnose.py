@@ -10,6 +10,7 @@ from tsalign_jax.pairing.statistics import accuracy, calibration, regret
 from tsalign_jax.scoring.reward import build_reward_engine
 from tsalign_jax.seeding import derived_seed
 from tsalign_jax.stages.base import Counts, Job
+from tsalign_jax.stages.mine import minable
 from tsalign_jax.teachers.base import Teacher
 from tsalign_jax.types import CandidatePair, Verdict
 
@@ -58,15 +59,18 @@ def student_quality(job: Job, teacher: Teacher, prompts: dict[int, dict], answer
 def student_regret(job: Job, teacher: Teacher) -> Counts:
   """What the picks of the student that scored this round's responses cost, by the teacher's scores of all of them.
 
-  On some of the round's prompts; nothing from a teacher that gives no scores.
+  Of those that mining may pick, that is. On some of the round's prompts that mining can use; nothing from a teacher
+  that gives no scores.
   """
   prompts = {row["prompt_id"]: to_prompt(row) for row in read_table(job.reads["train_prompts"])}
   responses, scores = (by_prompt(read_table(job.reads[name])) for name in ("responses", "scores"))
-  chosen = _some(job, "regret", responses, job.config.evaluation.regret_prompts)
-  found = teacher.scores([(prompts[i], [row["text"] for row in responses[i]]) for i in chosen]) if chosen else None
+  kept = {i: minable(job.config.mining, rows) for i, rows in responses.items()}
+  kept = {i: indices for i, indices in kept.items() if not isinstance(indices, str)}
+  chosen = _some(job, "regret", kept, job.config.evaluation.regret_prompts)
+  found = teacher.scores([(prompts[i], [responses[i][k]["text"] for k in kept[i]]) for i in chosen]) if chosen else None
   if found is None:
     return {}
-  picks = [int(np.argmax([row["score"] for row in scores[i]])) for i in chosen]
+  picks = [int(np.argmax([scores[i][k]["score"] for k in kept[i]])) for i in chosen]
   return {"student_regret": regret(picks, [np.asarray(each) for each in found])._asdict()}
 
 

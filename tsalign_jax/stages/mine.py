@@ -28,8 +28,7 @@ def candidates(
   mining: Mining, options: Mapping[str, Any], seed: int, prompt_id: int, responses: Rows, scores: Rows | None
 ) -> Rows:
   """The candidates of one prompt, or one row that says why it has none; options and seed are those of the stage."""
-  texts, finishes = [row["text"] for row in responses], [row["finish"] for row in responses]
-  indices = usable(texts, finishes, drop_truncated=mining.drop_truncated)
+  indices = minable(mining, responses)
   if isinstance(indices, str):
     return [_row(prompt_id, dropped=indices)]
   if options["strategy"] == "random":
@@ -37,6 +36,12 @@ def candidates(
     return [_row(prompt_id, first, second, _margin(scores, first, second)) for first, second in pairs]
   found = best_worst(indices, [row["score"] for row in scores], min_margin=mining.min_margin)
   return [_row(prompt_id, dropped=found) if isinstance(found, str) else _row(prompt_id, *found)]
+
+
+def minable(mining: Mining, responses: Rows) -> list[int] | str:
+  """Indices of a prompt's responses that may be paired, or why it has none."""
+  texts, finishes = [row["text"] for row in responses], [row["finish"] for row in responses]
+  return usable(texts, finishes, drop_truncated=mining.drop_truncated)
 
 
 def _margin(scores: Rows | None, first: int, second: int) -> float | None:
