@@ -186,7 +186,7 @@ class Endpoint(Section):
   reasks: Annotated[int, Field(ge=0)] = 2
   """Times a question is asked again when its answer cannot be read."""
   max_failure_rate: Share = 0.05
-  """Share of failed questions above which judging stops, of those asked so far (of 20, while they are fewer)."""
+  """Share of failed questions above which judging stops, of those sent so far (of 40, while they are fewer)."""
   limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
   """How the server calls the limit of answer tokens; recent OpenAI models want max_completion_tokens."""
   input_price: Annotated[float, Field(ge=0)] = 0.0
@@ -225,7 +225,7 @@ class ChatTeacher(Section):
   extra_body: dict[str, Any] = {}
   """Further fields of each request, as this server names them: {reasoning_effort: low}."""
   both_orders: bool = True
-  """Ask about each pair in both orders; where the two answers disagree, the pair is inconsistent."""
+  """Ask about each pair in both orders, and call it inconsistent if the answers disagree; or in one that is drawn."""
   store: Path | None = None
   """SQLite file of paid answers, to share between runs; null keeps them in the run folder."""
 

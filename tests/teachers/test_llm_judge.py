@@ -62,6 +62,17 @@ def test_one_order_costs_half_and_has_another_identity(server, tmp_path):
   assert len(server.log) == 2  # what was bought in one order serves in both
 
 
+def test_in_one_order_a_liking_for_a_slot_favours_neither_side(server, tmp_path):
+  server.answer = lambda content: "A"
+  asked = [pair(1, 2, number) for number in range(60)]
+  with judge(server, tmp_path, both_orders=False) as teacher:
+    judged = [each.verdict for each in teacher.judge(asked)]
+    swapped = [each.verdict for each in teacher.judge([pair(2, 1, number) for number in range(60)])]
+  assert 18 < judged.count(Verdict.FIRST) < 42 and judged.count(Verdict.SECOND) == 60 - judged.count(Verdict.FIRST)
+  mirrored = {Verdict.FIRST: Verdict.SECOND, Verdict.SECOND: Verdict.FIRST}
+  assert swapped == [mirrored[verdict] for verdict in judged] and len(server.log) == 60
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_any_fault_that_passes_leaves_the_truth(fault, server, tmp_path):
   server.reset([fault])
@@ -214,13 +225,18 @@ def test_too_many_failures_stop_the_stage_with_everything_kept(server, tmp_path)
   with pytest.raises(UserError, match=message), judge(server, tmp_path, on=on) as teacher:
     teacher.judge(asked)
   questions = 2 * sum(each.first != each.second for each in asked)
-  limit = math.floor(0.1 * questions) + 1
+  limit = 5  # more than a tenth of 40
+  assert questions > 50
   assert 20 + 2 * limit <= len(server.log) <= 20 + 2 * limit + 2
   kept = {request.content for request in server.charged}
   server.reset()
   with judge(server, tmp_path, on=on) as teacher:
     assert [each.verdict for each in teacher.judge(asked)] == [truth(each) for each in asked]
   assert not kept & {request.content for request in server.log}
+  # Answers that are stored say nothing about a server that is down now.
+  server.reset(["500"] * 1000)
+  with pytest.raises(UserError, match=message), judge(server, tmp_path, on=on) as teacher:
+    teacher.judge([*asked, *(pair(1, 2, number) for number in range(100, 104))])
 
 
 def test_few_failures_among_few_questions_do_not_stop(server, tmp_path):
@@ -250,12 +266,14 @@ def test_budget_is_never_exceeded_and_raising_it_continues(server, tmp_path):
 
 
 def test_request_whose_cost_is_unknown_counts_at_its_worst(server, tmp_path):
-  server.reset(["hang", "reset", "500", "429"])
+  server.reset(["hang", "reset", "500", "429", "504"])
   with judge(server, tmp_path, both_orders=False, on={**PRICES, "timeout": 0.5}, max_tokens=5) as teacher:
     teacher.judge([pair(1, 2)])
-  found = dict(rows(tmp_path / "ledger.sqlite", "SELECT outcome, cost FROM attempts"))
-  assert found["answered"] == pytest.approx(0.11) and found["server error"] == found["rate limited"] == 0.0
-  assert 1.0 < found["timed out"] == found["dropped"] < 3.0
+  found = rows(tmp_path / "ledger.sqlite", "SELECT outcome, cost FROM attempts ORDER BY id")
+  outcomes, (timed_out, dropped, server_error, rate_limited, gateway, answered) = zip(*found, strict=True)
+  assert outcomes == ("timed out", "dropped", "server error", "rate limited", "timed out", "answered")
+  assert answered == pytest.approx(0.11) and server_error == rate_limited == 0.0
+  assert 1.0 < timed_out == dropped == gateway < 3.0
 
 
 def test_answer_without_usage_counts_at_its_worst(server, tmp_path):
@@ -319,7 +337,7 @@ def test_verdict_by_logprobs_is_the_likeliest_letter_and_its_probability_that_of
 
 def test_logprobs_of_the_letter_are_enough_where_the_limit_cuts_the_rest(server, tmp_path):
   cut = {"finish_reason": "length"}
-  server.answer = lambda content: logprobs("A", A=0.9, B=0.1) | {"x": 1}
+  server.answer = lambda content: logprobs("A", **{honest(content): 0.9, "C": 0.1}) | {"x": 1}
   with judge(server, tmp_path, verdict="logprobs", both_orders=False) as teacher:
     assert teacher.judge([pair(2, 1)])[0].verdict == Verdict.FIRST
   server.answer = lambda content: completion("A", **cut)
@@ -348,9 +366,11 @@ def test_answer_that_is_no_valid_text_is_an_error(server, tmp_path):
 
 
 def test_mt_bench_reads_the_mark_after_the_reasons(server, tmp_path):
-  server.answer = lambda content: "A is short, B is long.\n\n[[B]]"
+  server.answer = lambda content: (
+    f"A is short, B is long.\n\n[[{'A' if content.index('worth 2') < content.index('worth 1') else 'B'}]]"
+  )
   with judge(server, tmp_path, template="mt_bench", both_orders=False) as teacher:
-    assert teacher.judge([pair(2, 1)])[0].verdict == Verdict.SECOND
+    assert teacher.judge([pair(2, 1)])[0].verdict == Verdict.FIRST
 
 
 def test_judging_goes_on_while_the_caller_does_something_else(server, tmp_path):

@@ -29,7 +29,7 @@ from tsalign_jax.teachers.ledger import UNKNOWN_COST, Ledger, Outcome, OverBudge
 from tsalign_jax.teachers.store import STORE, Answer, Price, VerdictStore
 from tsalign_jax.types import Conversation, UserError
 
-FEW = 20  # questions: among fewer, one failure would be a large share
+FEW = 40  # questions: among fewer, one failure would be a large share
 
 Result = TypeVar("Result")
 
@@ -106,7 +106,6 @@ class Asker:
   def _task(self, question: Question) -> asyncio.Task:
     key = self._key(question)
     if key not in self._pending:
-      self._asked += 1
       self._pending[key] = asyncio.create_task(self._answer(key, question))
       self._pending[key].add_done_callback(lambda _: self._pending.pop(key))
     return self._pending[key]
@@ -125,6 +124,7 @@ class Asker:
 
   async def _buy(self, key: str, question: Question) -> Answer | Failure:
     async with self._slots:
+      self._asked += 1
       unreadable = retries = 0
       while True:
         if self._stopped:
@@ -143,6 +143,8 @@ class Asker:
         wait = delay(self._endpoint.backoff, retries, result.wait, key)
         if retries > self._endpoint.retries or (result.wait or 0) > self._endpoint.max_wait:
           return self._fail(result.message)
+        if self._stopped:
+          raise self._stopped
         await self._clock.sleep(min(wait, self._endpoint.max_wait))
 
   async def _attempt(self, key: str, question: Question) -> Answer | Trouble:

@@ -19,6 +19,7 @@ from tsalign_jax.types import UserError
 
 SECRET_LENGTH = 8  # a shorter key is a word like EMPTY, that a local server wants to see
 LONGEST_MESSAGE = 300
+GATEWAY_TIMED_OUT = (504, 524)  # the server behind it may go on, and charge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ class ChatClient:
     message = self._clean(f"{error.status_code}: {_words(error.body)}")
     if error.status_code == 429:
       outcome = Outcome.RATE_LIMITED
-    elif error.status_code == 408:
+    elif error.status_code in (408, *GATEWAY_TIMED_OUT):
       outcome = Outcome.TIMED_OUT
     elif error.status_code >= 500:
       outcome = Outcome.SERVER_ERROR

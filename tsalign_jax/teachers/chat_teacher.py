@@ -36,7 +36,7 @@ class ChatTeacher(Teacher):
     content |= {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     answerer = f"{kind} {settings.model} {digest}"
-    self.identity = answerer if settings.both_orders else f"{answerer} one order"
+    self.identity = answerer if settings.both_orders else f"{answerer} one drawn order"
     self._both_orders = settings.both_orders
     self._asker = Asker(answerer, settings, run, where, clock)
 
@@ -81,35 +81,50 @@ class ChatTeacher(Teacher):
     self._asker.close(at_once=kind is not None and issubclass(kind, KeyboardInterrupt))
 
   async def _judge(self, pairs: Sequence[CandidatePair]) -> list[Judgement]:
-    orders = [self._questions(pair) for pair in pairs]
-    answers = iter(await self._asker.ask([question for asked in orders for question in asked]))
-    return [add_up([self._opinion(next(answers)) for _ in asked]) if asked else EQUAL for asked in orders]
+    orders = [self._orders(pair) for pair in pairs]
+    questions = [
+      self.question(pair.prompt, *((pair.second, pair.first) if swapped else (pair.first, pair.second)))
+      for pair, asked in zip(pairs, orders, strict=True)
+      for swapped in asked
+    ]
+    answers = iter(await self._asker.ask(questions))
+    return [
+      add_up([(swapped, self._opinion(next(answers))) for swapped in asked]) if asked else EQUAL for asked in orders
+    ]
 
   def _opinion(self, answer: Answer | Failure) -> Answer | Failure:
     return answer if isinstance(answer, Failure) else dataclasses.replace(answer, reading=self.slot(answer))
 
-  def _questions(self, pair: CandidatePair) -> list[Question]:
+  def _orders(self, pair: CandidatePair) -> list[bool]:
+    """Whether the pair is swapped, for each time that it is asked about.
+
+    Where that is once, the texts themselves decide: otherwise the side that always stands first, such as the aligned
+    policy, would profit from a liking for slot A.
+    """
     if pair.first == pair.second:
       return []
-    shown = [(pair.first, pair.second), (pair.second, pair.first)]
-    return [self.question(pair.prompt, *texts) for texts in (shown if self._both_orders else shown[:1])]
+    return [False, True] if self._both_orders else [_draw(pair.prompt, pair.first) > _draw(pair.prompt, pair.second)]
+
+
+def _draw(prompt: Prompt, text: str) -> bytes:
+  return hashlib.sha256(json.dumps([prompt.messages, text]).encode()).digest()
 
 
 EQUAL = Judgement(Verdict.TIE, 0.5, {"equal": True})  # equal responses need no opinion
 
 
-def add_up(answers: Sequence[Answer | Failure]) -> Judgement:
-  """The judgement of a pair from the answer (A, B or C) to it as it is and, if there is a second one, swapped.
+def add_up(answers: Sequence[tuple[bool, Answer | Failure]]) -> Judgement:
+  """The judgement of a pair from answers (A, B or C), each with whether it was to the pair swapped.
 
   A missing answer makes an ERROR. Two answers that disagree, also a side against a tie, make it INCONSISTENT. The
   probability, where answers have one, is the mean over the orders, in which a preference for a slot cancels out.
   """
-  evidence = {"answers": [_evidence(answer) for answer in answers]}
-  if any(isinstance(answer, Failure) for answer in answers):
+  evidence = {"answers": [_evidence(answer) for _, answer in answers]}
+  if any(isinstance(answer, Failure) for _, answer in answers):
     return Judgement(Verdict.ERROR, None, evidence)
-  verdicts = {names[answer.reading] for names, answer in zip((AS_SHOWN, SWAPPED), answers, strict=False)}
-  known = [answer.probability for answer in answers if answer.probability is not None]
-  for_first = [p if order == 0 else 1 - p for order, p in enumerate(known)]
+  verdicts = {(SWAPPED if swapped else AS_SHOWN)[answer.reading] for swapped, answer in answers}
+  known = [(swapped, answer.probability) for swapped, answer in answers if answer.probability is not None]
+  for_first = [1 - p if swapped else p for swapped, p in known]
   probability = sum(for_first) / len(answers) if len(known) == len(answers) else None
   return Judgement(verdicts.pop() if len(verdicts) == 1 else Verdict.INCONSISTENT, probability, evidence)
 
