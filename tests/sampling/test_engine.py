@@ -63,7 +63,7 @@ def test_sampling_equals_a_loop_over_the_whole_sequence(family, layout, tmp_path
 
 
 def test_segments_of_the_cache_do_not_matter(llama, one_device, monkeypatch):
-  """Branches of many phases come and go while their pages lie in one segment, or in four."""
+  """Branches of many phases come and go while their keys lie in one segment, or in four."""
   setting = SAMPLING.model_copy(update={"max_new_tokens": 40, "batch_prompts": 2, "lanes": 2})
   whole = sample(llama, one_device, PROMPTS, setting)
   monkeypatch.setattr(cache, "SHORTEST", 8)
@@ -145,8 +145,10 @@ def test_no_response_is_longer_than_the_limit(llama, one_device):
 def test_a_continued_run_repeats_bfloat16_samples_bit_for_bit(tmp_path, one_device):
   tiny.decoder("qwen3", tmp_path)
   model = language_model(Policy(path=tmp_path, dtype="bfloat16"))
-  setting = SAMPLING.model_copy(update={"batch_prompts": 2, "lanes": 2})
+  # Long enough for several segments, and for lanes that end at very different times.
+  setting = SAMPLING.model_copy(update={"responses": 4, "batch_prompts": 2, "lanes": 2, "max_new_tokens": 200})
   whole = sample(model, one_device, PROMPTS, setting)
+  assert len({len(response.tokens) // cache.PHASE for row in whole.values() for response in row}) > 8
   rest = sample(model, one_device, PROMPTS[::-1], setting, done={7, 13})
   assert rest == {i: responses for i, responses in whole.items() if i not in {7, 13}}
 

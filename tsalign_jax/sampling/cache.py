@@ -3,16 +3,15 @@
 A cache is a tuple with one entry a layer (unrolled layers), or one pytree whose arrays lead with a layer axis
 (stacked layers: the scan carries it whole, so that no step copies it).
 
-Branches differ in length, and to write one column of each would be a scatter, or a pass over the whole cache. So all
-branches begin at multiples of PHASE steps, and the tokens of one step lie in the same column for all of them: first in
-a small cache, `recent`, then, from the end of the phase on, in a page of a large one, `own`. `born` says of each page
-which phase it holds; what a lane grew before its present branch is masked by that. A phase takes the first page that
-no branch needs any more, so the pages in use are near the beginning. Where `own` is in several segments, those of
-which no branch needs anything are not read. So few columns as a phase has cannot be the last axis, which TPUs fill up
-to 128; the keys of `recent` keep head_dim there.
+Branches differ in length, and to write one column of each in every step would be a scatter. So all branches begin at
+multiples of PHASE steps, and the tokens of one step lie in the same column for all of them, in a small cache, `recent`.
+Only when the phase ends, each lane moves it to where it belongs in a large one, `own`: to the column of a token's
+number in its branch, whatever the other lanes do, so that sums over columns have the same order always. What a lane
+grew before its present branch is masked. Where `own` is in several segments, those of which no branch needs anything
+are not read. So few columns as a phase has cannot be the last axis, which TPUs fill up to 128; the keys of `recent`
+keep head_dim there.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -67,11 +66,6 @@ def empty_own(config: DecoderConfig, layout: Layout, lead: tuple[int, ...], leng
   return tuple(empty_cache(config, layout, lead, columns, dtype) for _ in range(segments))
 
 
-def pages(own: Own) -> int:
-  """How many phases there is room for."""
-  return sum(map(_columns, own)) // PHASE
-
-
 def read(cache: Cache, layer) -> KV:
   """The keys and values of one layer."""
   return cache[layer] if not isinstance(cache, KV) else KV(*(array[layer] for array in cache))
@@ -118,31 +112,30 @@ class Decode:
   """Attention of one new token a lane to [the trunk it shares | its own earlier phases | this phase up to now].
 
   `length` is how many tokens each lane's branch has, the new one included, and 0 where there is no new one; where it
-  is not 0, it is `clock` modulo PHASE, and `clock` counts the steps of all branches. The cache that is filled is
-  `recent`. No key is stored for the first step of a branch: it takes its token from the trunk.
+  is not 0, it is `step` modulo PHASE. The cache that is filled is `recent`. No key is stored for the first step of a
+  branch: it takes its token from the trunk.
   """
 
   def __init__(
     self,
     trunk: Cache,
     own: Own,
-    born: Int[Array, " pages"],
     trunk_length: Int[Array, " slots"],
     length: Int[Array, "slots lanes"],
-    clock: Int[Array, ""],
+    step: Int[Array, ""],
   ):
-    self.trunk, self.own, self.offset = trunk, own, clock % PHASE
+    self.trunk, self.own, self.step = trunk, own, step
     before = jnp.arange(-_columns(trunk), 0) + trunk_length[:, None]
     self.trunk_position, self.trunk_mask = jnp.maximum(before, 0), before >= 0
     self.position = trunk_length[:, None] + length - 1
-    self.positions = _columns(trunk) + PHASE * pages(own)
+    columns = [_columns(segment) for segment in own]
+    self.positions = _columns(trunk) + sum(columns)
     begun = (length // PHASE * PHASE)[..., None]  # tokens that the branch had when this phase began
-    page = (born - clock // PHASE)[:, None] * PHASE + jnp.arange(PHASE)
-    earlier, recent = begun + page.reshape(-1), begun + jnp.arange(PHASE)
+    earlier, recent = jnp.arange(sum(columns)), begun + jnp.arange(PHASE)
     first = trunk_length[:, None, None] - 1
-    ends = np.cumsum([_columns(segment) for segment in own])[:-1]
+    ends = np.cumsum(columns)[:-1]
     self.own_position = jnp.split(first + earlier, ends, axis=-1)
-    self.own_mask = jnp.split(earlier > 0, ends, axis=-1)
+    self.own_mask = jnp.split((earlier > 0) & (earlier < begun), ends, axis=-1)
     self.recent_position, self.recent_mask = first + recent, (recent > 0) & (recent <= length[..., None])
 
   def __call__(self, query, key, value, *, masking: Masking, layer, cache: Cache):
@@ -161,39 +154,47 @@ class Decode:
 
   def _put(self, recent: Cache, layer, new: KV) -> Cache:
     if isinstance(recent, KV):
-      start = (layer, 0, 0, 0, self.offset, 0)
+      start = (layer, 0, 0, 0, self.step, 0)
       return KV(*(_update(old, added[None], start) for old, added in zip(recent, new, strict=True)))
-    start = (0, 0, 0, self.offset, 0)
+    start = (0, 0, 0, self.step, 0)
     return write(
       recent, layer, KV(*(_update(old, added, start) for old, added in zip(recent[layer], new, strict=True)))
     )
 
 
-def end_phase(
-  own: Own, born: Int[Array, " pages"], recent: Cache, length: Int[Array, "slots lanes"], clock: Int[Array, ""]
-) -> tuple[Own, Int[Array, " pages"]]:
-  """`own` and `born` with the phase that ends now, at step `clock`; `length` is how many tokens each branch has."""
-  phase = clock // PHASE - 1
-  page = jnp.argmax(born <= phase - (length // PHASE).max())  # the first that no branch needs
-  segments, first = [], 0
+def end_phase(own: Own, recent: Cache, length: Int[Array, "slots lanes"]) -> Own:
+  """`own` with the phase that ends now; `length` is how many tokens each lane's branch has, 0 where it rests."""
+  first, segments = 0, []
   for segment in own:
-    put = functools.partial(_put_page, recent, page - first)
-    here = (page >= first) & (page < first + pages((segment,)))
-    segments.append(put(segment) if len(own) == 1 else jax.lax.cond(here, put, lambda segment: segment, segment))
-    first += pages((segment,))
-  return tuple(segments), born.at[page].set(phase)
+    start = (length - 1) // PHASE * PHASE - first
+    segments.append(_move(segment, recent, start) if isinstance(segment, KV) else _move_in_turn(segment, recent, start))
+    first += _columns(segment)
+  return tuple(segments)
 
 
-def _put_page(recent: Cache, page: Int[Array, ""], segment: Cache) -> Cache:
-  """A segment with the phase in one of its pages."""
+def _move(segment: KV, recent: KV, start: Int[Array, "slots lanes"]) -> KV:
+  """A segment with the phase of each lane at its own column; of stacked layers."""
+  put = jax.vmap(jax.vmap(_put, in_axes=(1, 1, 0), out_axes=1), in_axes=(1, 1, 0), out_axes=1)
+  return put(segment, KV(_turned(recent.key), recent.value), jnp.maximum(start, 0))
 
-  def put(old: KV, new: KV) -> KV:
-    before, start = (0,) * (old.key.ndim - 2), page * PHASE
-    return KV(
-      _update(old.key, _turned(new.key), (*before, 0, start)), _update(old.value, new.value, (*before, start, 0))
-    )
 
-  return put(segment, recent) if isinstance(segment, KV) else tuple(map(put, segment, recent))
+def _move_in_turn(segment: tuple[KV, ...], recent: tuple[KV, ...], start: Int[Array, "slots lanes"]):
+  """The same of layers apart, by a loop over the lanes that belong here: for a CPU, scatters would be one each."""
+  lanes, here = start.shape[1], ((start >= 0) & (start < _columns(segment))).reshape(-1)
+  order = jnp.argsort(~here)
+
+  def move(number, segment):
+    at = divmod(order[number], lanes)
+    of_lane = lambda array: jax.lax.dynamic_slice(array, (*at, 0, 0, 0), (1, 1, *array.shape[2:]))  # noqa: E731
+    new = [KV(_turned(of_lane(each.key)), of_lane(each.value)) for each in recent]
+    return tuple(_put(old, kv, start[at], at) for old, kv in zip(segment, new, strict=True))
+
+  return jax.lax.fori_loop(0, here.sum(), move, segment)
+
+
+def _put(old: KV, new: KV, start: Int[Array, ""], lead: tuple = (0,)) -> KV:
+  """A phase's keys and values from column `start` on, of layers from 0 on or of one lane."""
+  return KV(_update(old.key, new.key, (*lead, 0, 0, start)), _update(old.value, new.value, (*lead, 0, start, 0)))
 
 
 def _update(old, new, start):

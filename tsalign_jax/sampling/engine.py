@@ -28,7 +28,7 @@ from tsalign_jax.data.batching import prompts_only, round_up
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.heads import LanguageModel
 from tsalign_jax.models.loading import ModelHandle
-from tsalign_jax.parallel.mesh import batch_ways, constrain, constrain_batch, put_batch
+from tsalign_jax.parallel.mesh import batch_ways, constrain_batch, put_batch
 from tsalign_jax.sampling.cache import (
   PHASE,
   Cache,
@@ -41,7 +41,6 @@ from tsalign_jax.sampling.cache import (
   empty_own,
   empty_recent,
   end_phase,
-  pages,
 )
 from tsalign_jax.sampling.draw import BLOCK, draw
 from tsalign_jax.types import Branches, Finish
@@ -49,9 +48,6 @@ from tsalign_jax.types import Branches, Finish
 NARROWEST = 32  # tokens; prompts are padded to it, or to the next power of two, which bounds the number of programs
 PART = 32 * BLOCK  # tokens of the vocabulary, of which the logits are computed together where processors have caches
 EMPTY = -1  # the prompt id of a slot that holds none
-
-
-SHARED = {"clock": 0, "born": 1}  # what all slots share, and its axes
 
 
 class Responses(NamedTuple):
@@ -66,7 +62,6 @@ class Responses(NamedTuple):
 class Slots(NamedTuple):
   """The state of sampling. `branch` is what each lane grows, K where it rests; `draft` is how far that has come."""
 
-  clock: Int[Array, ""]  # steps that were taken so far
   prompt_id: Int[Array, " slots"]
   trunk_length: Int[Array, " slots"]
   trunk: Cache
@@ -75,7 +70,6 @@ class Slots(NamedTuple):
   branch: Int[Array, "slots lanes"]
   token: Int[Array, "slots lanes"]
   own: Own
-  born: Int[Array, " pages"]  # the phase that each page of `own` holds
   recent: Cache  # the own keys of the phase that is going on
   draft: Responses  # a row for each lane
   done: Responses  # a row for each branch
@@ -209,9 +203,7 @@ class _Programs:
     """Slots without prompts; all lanes rest."""
     slots, lanes, k, limit = self.slots, self.lanes, self.sampling.responses, self.sampling.max_new_tokens
     cache = functools.partial(empty_cache, self.model.config, self.model.layout, dtype=self.model.dtype)
-    own = empty_own(self.model.config, self.model.layout, (slots, lanes), limit, self.model.dtype)
     state = Slots(
-      clock=jnp.zeros((), jnp.int32),
       prompt_id=jnp.full(slots, EMPTY),
       trunk_length=jnp.ones(slots, jnp.int32),
       trunk=cache(lead=(slots,), length=width),
@@ -219,8 +211,7 @@ class _Programs:
       begun=jnp.full(slots, k),
       branch=jnp.full((slots, lanes), k),
       token=jnp.zeros((slots, lanes), jnp.int32),
-      own=own,
-      born=jnp.full(pages(own), -2 * pages(own)),  # too long ago for any branch
+      own=empty_own(self.model.config, self.model.layout, (slots, lanes), limit, self.model.dtype),
       recent=empty_recent(self.model.config, self.model.layout, (slots, lanes), self.model.dtype),
       draft=_blank((slots, lanes), limit),
       done=_blank((slots, k), limit),
@@ -259,9 +250,9 @@ class _Programs:
       return (complete.sum() < wanted) & (occupied & ~complete).any()
 
     def phase(state: Slots) -> Slots:
-      state = jax.lax.fori_loop(0, PHASE, lambda _, state: grow(state), self._begin(self._book(state)))
-      own, born = end_phase(state.own, state.born, state.recent, state.draft.length, state.clock)
-      return state._replace(own=own, born=born)
+      state = jax.lax.fori_loop(0, PHASE, grow, self._begin(self._book(state)))
+      grown = jnp.where(state.branch < self.sampling.responses, state.draft.length, 0)
+      return state._replace(own=end_phase(state.own, state.recent, grown))
 
     with jax.named_scope("decode"):
       state = self._book(jax.lax.while_loop(goes_on, phase, state))
@@ -310,12 +301,12 @@ class _Programs:
       draft=draft,
     )
 
-  def _grow(self, language_model: LanguageModel, head, key, state: Slots) -> Slots:
-    """One more token for every branch that goes on."""
+  def _grow(self, language_model: LanguageModel, head, key, step: Int[Array, ""], state: Slots) -> Slots:
+    """One more token for every branch that goes on; `step` counts from the beginning of the phase."""
     draft = state.draft
     grows = (state.branch < self.sampling.responses) & ~self._ended(state)
     length = jnp.where(grows, draft.length, 0)
-    attend = Decode(state.trunk, state.own, state.born, state.trunk_length, length, state.clock)
+    attend = Decode(state.trunk, state.own, state.trunk_length, length, step)
     hidden, recent = language_model.model(
       state.token, attend.position, attend, cache=state.recent, dtype=self.model.dtype
     )
@@ -333,16 +324,15 @@ class _Programs:
       logprob=draft.logprob + jnp.where(grows, logprob, 0.0),
       stopped=draft.stopped | grows & jnp.isin(token, jnp.asarray(self.stop_tokens, jnp.int32)),
     )
-    return state._replace(clock=state.clock + 1, token=token, recent=recent, draft=draft)
+    return state._replace(token=token, recent=recent, draft=draft)
 
   def _constrain(self, state: Slots) -> Slots:
     """The state where the rules of the mesh want it, so that it can be donated from call to call."""
     caches = {name: constrain_cache(getattr(state, name), self.mesh) for name in ("trunk", "recent")}
     own = tuple(constrain_cache(segment, self.mesh) for segment in state.own)
-    everywhere = {name: constrain(getattr(state, name), (None,) * ndim, self.mesh) for name, ndim in SHARED.items()}
-    rest = {name: value for name, value in state._asdict().items() if name not in {"own", *caches, *everywhere}}
+    rest = {name: value for name, value in state._asdict().items() if name not in {"own", *caches}}
     rows = jax.tree.map(lambda array: constrain_batch(array, self.mesh), rest)
-    return Slots(own=own, **caches, **everywhere, **rows)
+    return Slots(own=own, **caches, **rows)
 
 
 def _blank(shape: tuple[int, int], limit: int) -> Responses:
