@@ -104,6 +104,26 @@ def test_sampling_over_eight_devices_equals_one(llama, expected, eight_devices):
   assert _close(sample(llama, eight_devices, PROMPTS), expected)
 
 
+def test_a_prompt_waits_for_few_others_however_many_devices_there_are(llama, eight_devices):
+  setting = SAMPLING.model_copy(update={"batch_prompts": 16, "max_new_tokens": 40})
+  sampler, prompts = build_sampler(llama, eight_devices, setting, STOP), [(n, [5 + n, 6]) for n in range(48)]
+  harvests = list(sampler.run(llama.load(eight_devices), prompts, KEY))
+  assert (sampler.slots, sampler.admitted, sampler.harvested) == (16, 4, 2)
+  assert sorted(i for harvest in harvests for i, _ in harvest) == [*range(48)]
+  early = [len(harvest) for harvest in harvests[: len(harvests) // 2]]
+  assert min(early) < sampler.admitted, early
+
+
+def test_parameters_that_are_as_they_are_multiplied_are_not_copied(tmp_path, one_device):
+  tiny.decoder("llama", tmp_path)
+  model = language_model(Policy(path=tmp_path, dtype="bfloat16"))
+  params = model.for_inference.load(one_device)
+  prepared = build_sampler(model, one_device, SAMPLING, STOP).prepare(params)
+  assert {name: a.unsafe_buffer_pointer() for name, a in params.items()} == {
+    name: a.unsafe_buffer_pointer() for name, a in prepared.items()
+  }
+
+
 def test_prompts_of_several_widths_in_one_run(llama, one_device):
   """Each width has its own program, and what is sampled does not depend on which one a prompt is in."""
   random = np.random.default_rng(0)

@@ -101,13 +101,14 @@ _fold = jax.vmap(jax.vmap(jax.random.fold_in))
 class Sampler:
   """The sampling programs of one model, mesh and setting; compiled once for each width of prompts."""
 
-  prepare: Callable[[Params], Params]  # parameters as the programs read them
+  prepare: Callable[[Params], Params]  # parameters as the programs read them, once for all calls
   empty: Callable[[int], Slots]  # (prompt width) -> slots without prompts
   admit: Callable[..., Slots]  # (params, slots, trunks, prompt ids, source of each slot) -> slots; donates the slots
   decode: Callable[..., tuple[Slots, Array]]  # (params, slots, released, wanted, key) -> slots, which are complete
   slots: int
   lanes: int  # of each slot
-  admitted: int  # prompts that move in at once
+  admitted: int  # prompts that may move in at once
+  harvested: int  # prompts that have to be complete before others move in, while there are so many
   mesh: Mesh
 
   def run(
@@ -125,17 +126,19 @@ class Sampler:
         yield from self._stream(params, waiting, width, key)
 
   def _stream(self, params: Params, waiting: deque, width: int, key) -> Iterator[list[tuple[int, list[Sampled]]]]:
-    slots, held = self.empty(width), np.full(self.slots, EMPTY)
+    slots, held, harvest = self.empty(width), np.full(self.slots, EMPTY), []
     while waiting or (held != EMPTY).any():
       while waiting and (held == EMPTY).any():
         slots = self._admit(params, slots, held, waiting, width)
-      wanted = min(self.admitted, len(waiting)) or self.admitted
+      wanted = min(self.harvested, len(waiting)) or self.harvested
       slots, complete = self.decode(params, slots, held == EMPTY, wanted, key)
+      if harvest:
+        yield harvest  # the device goes on while somebody looks at it
       (ready,) = np.nonzero(np.asarray(complete))
       responses = jax.device_get(slots.done)
       harvest = [(int(held[slot]), _on_host(responses, slot)) for slot in ready]
       held[ready] = EMPTY
-      yield harvest
+    yield harvest
 
   def _admit(self, params: Params, slots: Slots, held: np.ndarray, waiting: deque, width: int) -> Slots:
     """Moves the next prompts into empty slots, on the device and in `held`."""
@@ -167,16 +170,17 @@ def prompt_widths(lengths: Sequence[int], slots: int) -> dict[int, int]:
 @functools.lru_cache(maxsize=8)
 def build_sampler(model: ModelHandle, mesh: Mesh, sampling: Sampling, stop_tokens: tuple[int, ...]) -> Sampler:
   """The sampler of a model: `sampling.batch_prompts` slots, rounded up to what the mesh divides."""
-  slots = round_up(sampling.batch_prompts, batch_ways(mesh))
+  slots, harvested = round_up(sampling.batch_prompts, batch_ways(mesh)), max(1, sampling.batch_prompts // 8)
   programs = _Programs(model, mesh, sampling, stop_tokens, slots)
   return Sampler(
-    jax.jit(programs.prepare),
+    programs.prepare,
     jax.jit(programs.empty, static_argnums=0),
     jax.jit(programs.admit, donate_argnums=1),
     jax.jit(programs.decode, donate_argnums=1),
     slots,
     programs.lanes,
-    min(slots, round_up(max(1, sampling.batch_prompts // 8), batch_ways(mesh))),
+    round_up(harvested, batch_ways(mesh)),
+    harvested,
     mesh,
   )
 
@@ -196,7 +200,7 @@ class _Programs:
     return min(self.sampling.lanes or self.sampling.responses, self.sampling.responses)
 
   def prepare(self, params: Params) -> Params:
-    """Parameters in the dtype that they are multiplied in, converted once for all calls."""
+    """Parameters in the dtype that they are multiplied in: those that are in it already, as they are."""
     return {name: array.astype(self.model.dtype) for name, array in params.items()}
 
   def empty(self, width: int) -> Slots:

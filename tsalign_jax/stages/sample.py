@@ -21,7 +21,7 @@ def sample(job: Job) -> Counts:
   chat, model, mesh = Chat.load(job.config.policy.path), job.policy(), job.sampling_mesh
   sampler = build_sampler(model, mesh, sampling, chat.stop_tokens)
   done = {row["prompt_id"] for row in gathered(job)}
-  params = job.load(model, job.reads["policy"], mesh) if len(done) < len(prompts) else {}
+  params = job.load(model.for_inference, job.reads["policy"], mesh) if len(done) < len(prompts) else {}
   tokens = [(i, row["tokens"]) for i, row in prompts.items()]
   with job.progress(len(prompts) * sampling.responses, "responses") as advance, judging_ahead(job, prompts) as ahead:
     advance(len(done) * sampling.responses, "")
