@@ -1,13 +1,16 @@
 """The device mesh, and the one table that says along which mesh axes each logical axis is split."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tsalign_jax.types import UserError
 
+Launched = TypeVar("Launched")
 AXES = ("data", "fsdp", "tensor")
 
 # Logical axes that stand in no row here (head_dim, layers, rank, ...) are replicated.
@@ -39,7 +42,9 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequen
   if int(np.prod(list(sizes.values()))) != len(devices):
     wanted = " x ".join(f"{name} {size}" for name, size in sizes.items())
     raise UserError(f"mesh: {wanted} does not make {len(devices)}, the number of devices")
-  return Mesh(np.asarray(devices).reshape([sizes[axis] for axis in AXES]), AXES)
+  shape = [sizes[axis] for axis in AXES]
+  # On TPUs neighbours in the mesh are neighbours in the slice, as far as its shape allows.
+  return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
 
 
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
@@ -74,6 +79,15 @@ def put_batch(batch, mesh: Mesh):
     return jax.device_put(array, sharding(axes, array.shape, mesh))
 
   return jax.tree.map(put, batch)
+
+
+def one_behind(launched: Iterable[Launched]) -> Iterator[Launched]:
+  """The same items, each once the next has been launched: so the device computes while the host reads and packs."""
+  last = []
+  for item in launched:
+    yield from last
+    last = [item]
+  yield from last
 
 
 def constrain(array: jax.Array, axes: Sequence[str | None], mesh: Mesh) -> jax.Array:
