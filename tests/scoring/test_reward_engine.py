@@ -11,7 +11,7 @@ import transformers
 
 from tsalign_jax.config import Student
 from tsalign_jax.models.loading import reward_model
-from tsalign_jax.scoring.reward import build_reward_engine, conversation_text
+from tsalign_jax.scoring.reward import Alike, Encoded, build_reward_engine, conversation_text
 
 TOLERANCE = 1e-4
 ASKED = [
@@ -222,3 +222,14 @@ def test_many_responses_of_different_lengths_need_few_programs_and_little_paddin
 
   even = items(lambda: 60)
   assert all(list(responses) == list(range(8)) for _, responses, _ in engine._units(even))
+
+
+def test_batches_hold_no_more_tokens_than_they_may(tmp_path, one_device):
+  decoder_folder(tmp_path, "llama")
+  settings = Student(path=tmp_path, max_tokens=1200)
+  engine = build_reward_engine(reward_model(settings), one_device, settings)
+  shapes = [(1024, 128), (16, 256), (1024, 128), (1024, 120), (500, 30), (30, 100)]  # tokens of prompt and response
+  items = [Encoded([1] * prompt, [[1] * response] * 8, [], [False] * 8) for prompt, response in shapes]
+  batches = list(Alike(engine, items, len(items), 8192, engine.steps).batches(range(len(items))))
+  assert sorted(place for _, places in batches for place in places if place >= 0) == [*range(len(items))]
+  assert all(batch.trunk.size + batch.branches.size <= 8192 for batch, _ in batches)

@@ -21,7 +21,7 @@ from tsalign_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig,
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.hf import WeightFiles
 from tsalign_jax.models.loading import ModelHandle
-from tsalign_jax.parallel.mesh import batch_ways, put_batch
+from tsalign_jax.parallel.mesh import batch_ways, one_behind, put_batch
 from tsalign_jax.types import Branches, Conversation, Packed, UserError
 
 FEW = 4  # responses to a prompt that go into packed rows, where the model is a decoder
@@ -98,8 +98,8 @@ class RewardEngine(abc.ABC):
     """
 
   @abc.abstractmethod
-  def tokens(self, item: Encoded, steps: int) -> int:
-    """Tokens that an item takes in a batch of its own, padding included."""
+  def tokens(self, items: Sequence[Encoded], steps: int) -> int:
+    """Tokens that each of these items takes in a batch of them, padding included."""
 
   @abc.abstractmethod
   def rewards(self, module, batch) -> Float[Array, "*places k"]:
@@ -111,14 +111,16 @@ class RewardEngine(abc.ABC):
 
   def lay_out(self, items: Sequence[Encoded], at_once: int, tokens: int) -> Batches:
     """Batches of at most `tokens` tokens for items with the same number of responses; `at_once` come together."""
-    batches = at_once * sum(self.tokens(item, self.steps) for item in items) / len(items) / tokens
+    batches = at_once * sum(self.tokens([item], self.steps) for item in items) / len(items) / tokens
     return Alike(self, items, at_once, tokens, self.steps if batches > FEW_BATCHES else COARSE)
 
   def score(self, params: Params, items: Sequence[Encoded]) -> Iterator[tuple[int, list[float]]]:
     """(index of the item, its scores), in batches of like width, so that they hold little padding."""
     units = list(self._units(items))
     found: dict[int, dict[int, float]] = {}
-    for place, scores in self._launched(params, [unit for *_, unit in units]):
+    batches = self._batches([unit for *_, unit in units])
+    launched = ((place, self.program(params, put_batch(batch, self.mesh))) for batch, place in batches)
+    for place, scores in one_behind(launched):
       if not np.isfinite(scores := np.asarray(scores)).all():
         raise UserError(f"{self.model.folder}: its scores are not finite; use dtype float32, or retrain it")
       for where in np.argwhere(place >= 0):
@@ -127,17 +129,6 @@ class RewardEngine(abc.ABC):
         got |= {k: float(score) for k, score in zip(responses, scores[tuple(where)], strict=True)}
         if len(got) == len(items[index].responses):
           yield index, [got[k] for k in range(len(got))]
-
-  def _launched(self, params: Params, units: Sequence[Encoded]) -> Iterator[tuple[Int[np.ndarray, "*places"], Array]]:
-    """(which unit is where, scores on the device), one batch behind: one is computed as another is read."""
-    last = None
-    for batch, place in self._batches(units):
-      launched = place, self.program(params, put_batch(batch, self.mesh))
-      if last is not None:
-        yield last
-      last = launched
-    if last is not None:
-      yield last
 
   def _batches(self, units: Sequence[Encoded]) -> Iterator[tuple[Any, Int[np.ndarray, "*places"]]]:
     """Host batches, and which unit is where."""
@@ -167,17 +158,19 @@ class Alike(NamedTuple):
 
   def batches(self, indices: Sequence[int]) -> Iterator[tuple[Any, Int[np.ndarray, " batch"]]]:
     """Batches, and which item is in which row: -1 where there is none."""
-    left = sorted(indices, key=lambda index: (-self._tokens(index), index))
+    left = sorted(indices, key=lambda index: (-self._tokens([index]), index))
     while left:
-      most = min(self.tokens // self._tokens(left[0]), self.at_once)
+      most = min(self.tokens // self._tokens(left[:1]), self.at_once)
+      while most > 1 and most * self._tokens(left[:most]) > self.tokens:  # the longest prompt is not the first one's
+        most //= 2
       size = part_size(len(left), most, batch_ways(self.engine.mesh))
       part, left = left[:size], left[size:]
       empty = size - len(part)
       batch = self.engine.collate([self.items[index] for index in part + part[:1] * empty], self.steps)
       yield batch, np.asarray(part + [-1] * empty)
 
-  def _tokens(self, index: int) -> int:
-    return self.engine.tokens(self.items[index], self.steps)
+  def _tokens(self, indices: Sequence[int]) -> int:
+    return self.engine.tokens([self.items[index] for index in indices], self.steps)
 
 
 class DecoderEngine(RewardEngine):
@@ -204,15 +197,22 @@ class DecoderEngine(RewardEngine):
     cut = [len(kept) < len(trunk) or len(a) < len(b) for a, b in zip(shortened, branches, strict=True)]
     return Encoded(kept, shortened, [], cut)
 
-  def tokens(self, item: Encoded, steps: int) -> int:
+  def tokens(self, items: Sequence[Encoded], steps: int) -> int:
     """The trunk and all branches."""
-    return bucket(len(item.prompt), steps) + len(item.responses) * bucket(max(map(len, item.responses)), steps)
+    prompt, response = self._widths(items, steps)
+    return prompt + len(items[0].responses) * response
 
   def collate(self, items: Sequence[Encoded], steps: int) -> Branches:
     """Trunks and branches, each with a width of their own."""
-    prompt = bucket(max(len(item.prompt) for item in items), steps)
-    response = bucket(max(len(branch) for item in items for branch in item.responses), steps)
-    return make_branches([item.prompt for item in items], [item.responses for item in items], prompt, response)
+    return make_branches(
+      [item.prompt for item in items], [item.responses for item in items], *self._widths(items, steps)
+    )
+
+  def _widths(self, items: Sequence[Encoded], steps: int) -> tuple[int, int]:
+    """Of prompts and of responses."""
+    prompts = (len(item.prompt) for item in items)
+    responses = (len(response) for item in items for response in item.responses)
+    return bucket(max(prompts), steps), bucket(max(responses), steps)
 
   def rewards(self, module, batch: Branches | Packed) -> Float[Array, "*places k"]:
     """The reward at each branch's last real token."""
@@ -242,7 +242,7 @@ class DecoderEngine(RewardEngine):
       for part in of
     ]
     length = round_up(max(tokens, default=0), MULTIPLE)
-    divided = ROOM * row_cost(sum(tokens), length) < sum(self.tokens(item, self.steps) for item in items)
+    divided = ROOM * row_cost(sum(tokens), length) < sum(self.tokens([item], self.steps) for item in items)
     for index, (item, of) in enumerate(zip(items, parts, strict=True)):
       for part in of if divided else [range(len(item.responses))]:
         responses, cut = ([values[k] for k in part] for values in (item.responses, item.cut))
@@ -280,9 +280,9 @@ class EncoderEngine(RewardEngine):
     spans = self.tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return (response, False) if len(spans) <= room else (response[: spans[room - 1][1]], True)
 
-  def tokens(self, item: Encoded, steps: int) -> int:
+  def tokens(self, items: Sequence[Encoded], steps: int) -> int:
     """A row for each response."""
-    return len(item.responses) * self._width([item], steps)
+    return len(items[0].responses) * self._width(items, steps)
 
   def collate(self, items: Sequence[Encoded], steps: int) -> Rows:
     """Rows of one width."""

@@ -19,7 +19,7 @@ from tsalign_jax.models.lora import adapted_skeleton
 from tsalign_jax.objectives import dpo
 from tsalign_jax.ops.attention import PackedRows
 from tsalign_jax.ops.logprobs import CHUNK, PART, token_logprobs
-from tsalign_jax.parallel.mesh import constrain_batch, put_batch
+from tsalign_jax.parallel.mesh import constrain_batch, one_behind, put_batch
 from tsalign_jax.training.optimizer import ROUND_ALIKE
 from tsalign_jax.types import Packed
 
@@ -75,14 +75,20 @@ def known_logps(
 
   Steps after the first pass over the items are not looked at.
   """
+
+  def launched():
+    missing = set(range(len(packing.items)))
+    for step in steps:
+      if not missing:
+        break
+      missing.difference_update(step)
+      for packed, place in packing.batches(step):
+        yield place, program(params, put_batch(packed, mesh))
+
   out = np.full((len(packing.items), packing.layout.k), np.nan, np.float32)
-  for step in steps:
-    for packed, place in packing.batches(step):
-      logps = np.asarray(program(params, put_batch(packed, mesh)))
-      new = (place >= 0) & np.isnan(out[place]).any(-1)
-      out[place[new]] = logps[new]
-    if not np.isnan(out).any():
-      break
+  for place, logps in one_behind(launched()):
+    new = (place >= 0) & np.isnan(out[place]).any(-1)
+    out[place[new]] = np.asarray(logps)[new]
   return out
 
 

@@ -14,7 +14,7 @@ from tsalign_jax.config import Optimizer, RewardTraining
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.lora import adapted_skeleton, trained_part
 from tsalign_jax.objectives import ranking
-from tsalign_jax.parallel.mesh import put_batch
+from tsalign_jax.parallel.mesh import one_behind, put_batch
 from tsalign_jax.scoring.reward import Encoded, RewardEngine
 from tsalign_jax.training.optimizer import build_trainer
 from tsalign_jax.training.probe import fit_head
@@ -103,8 +103,10 @@ def _features(
 ) -> Float[np.ndarray, "items 2 features"]:
   """Features of the better and of the worse response."""
   out, read = None, 0
-  for batch, place in engine.lay_out(items, len(items), tokens).batches(range(len(items))):
-    found = np.asarray(engine.feature_program(params, put_batch(batch, engine.mesh)))
+  batches = engine.lay_out(items, len(items), tokens).batches(range(len(items)))
+  launched = ((place, engine.feature_program(params, put_batch(batch, engine.mesh))) for batch, place in batches)
+  for place, found in one_behind(launched):
+    found = np.asarray(found)
     out = np.zeros((len(items), *found.shape[-2:]), np.float32) if out is None else out
     out[place[place >= 0]] = found[place >= 0]
     read += int((place >= 0).sum())
