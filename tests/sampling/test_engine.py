@@ -152,6 +152,18 @@ def test_the_cache_is_handed_on_and_never_copied(llama, one_device):
     assert all(array.is_deleted() for array in jax.tree.leaves((state.trunk, state.own, state.recent)))
 
 
+def test_bfloat16_caches_are_updated_where_they_are(tmp_path, one_device):
+  """XLA has no bfloat16 updates on CPUs, and would make a float32 copy of a whole cache for each."""
+  tiny.decoder("llama", tmp_path)
+  model = language_model(Policy(path=tmp_path, dtype="bfloat16"))
+  setting = SAMPLING.model_copy(update={"responses": 8, "max_new_tokens": 1024})
+  sampler = build_sampler(model, one_device, setting, STOP)
+  params, slots = model.for_inference.load(one_device), sampler.empty(32)
+  program = sampler.decode.lower(params, slots, np.zeros(sampler.slots, bool), 1, KEY).compile()
+  kept = sum(array.nbytes for array in jax.tree.leaves(slots.own))
+  assert program.memory_analysis().temp_size_in_bytes < kept / 4
+
+
 def test_no_response_is_longer_than_the_limit(llama, one_device):
   setting = SAMPLING.model_copy(update={"max_new_tokens": 20, "lanes": 2})
   longer = sample(llama, one_device, PROMPTS, setting, stop=())

@@ -59,7 +59,7 @@ def judged(folder: Path, config) -> dict[int, str]:
   except UserError as error:  # no pair is left
     assert "decided no pair" in str(error) and not {*verdicts.values()} & {"first", "second"}
     return verdicts
-  for row in read_table(folder / "pairs.parquet", used_only=True):
+  for row in read_table(folder / "pairs.parquet"):
     better, worse = (int(row[side][0]["content"].split()[1]) for side in ("chosen", "rejected"))
     assert better > worse and verdicts[row["prompt_id"]] in ("first", "second")
   return verdicts

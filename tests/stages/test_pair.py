@@ -5,6 +5,7 @@ from stages import judging
 from teachers.asked import pairs
 
 from tsalign_jax.config import load_config
+from tsalign_jax.data.files import read_preferences
 from tsalign_jax.data.tables import CANDIDATES, VERDICTS, read_table, write_table
 from tsalign_jax.stages.pair import pair
 from tsalign_jax.types import Verdict
@@ -21,6 +22,7 @@ CASES = [
   (0.5, Verdict.INCONSISTENT, None),
   (0.5, Verdict.ERROR, None),
 ]
+DECIDED = (Verdict.FIRST, Verdict.SECOND)
 
 
 @pytest.mark.parametrize("cases", [CASES, CASES[5:6]], ids=["all", "no student"])
@@ -36,5 +38,12 @@ def test_flip_is_a_verdict_against_the_students_order(cases, tmp_path):
 
   teacher = {"kind": "checks"}
   counts = pair(judging.job("pair", load_config(judging.config_file(tmp_path, teacher)), tmp_path))
-  assert [row["flipped"] for row in read_table(tmp_path / "pairs.parquet")] == [flipped for *_, flipped in cases]
-  assert counts["flip_rate"] == (0.5 if len(cases) > 1 else None)
+  decided = [(each, flipped) for each, (_, verdict, flipped) in zip(asked, cases, strict=True) if verdict in DECIDED]
+  rows = read_table(tmp_path / "pairs.parquet")
+  assert [(row["prompt_id"], row["flipped"]) for row in rows] == [
+    (each.prompt.id, flipped) for each, flipped in decided
+  ]
+  assert counts["flip_rate"] == (0.5 if len(cases) > 1 else None) and counts["pairs"] == len(decided)
+  assert sum(counts["dropped"].values()) == len(cases) - len(decided)
+  # Whoever reads this file as preferences finds no failure and no tie among them.
+  assert len(read_preferences(str(tmp_path / "pairs.parquet"))) == len(decided)

@@ -61,7 +61,6 @@ PAIRS = pa.schema(
     ("chosen_tokens", pa.list_(pa.int32())),  # as sampled, so that log-probabilities are exact
     ("rejected_tokens", pa.list_(pa.int32())),
     ("flipped", pa.bool_()),  # the teacher reversed the student's order; null where either has none
-    ("dropped", pa.string()),
   ]
 )
 REWARD_SCORES = pa.schema(

@@ -23,7 +23,7 @@ DRIFT_PER_TOKEN = {"float32": 1e-4, "bfloat16": 1e-2}
 def align(job: Job) -> Counts:
   """Writes the next policy and the log of its training."""
   model, settings = job.policy(), job.config.align
-  rows = read_table(job.reads["pairs"], used_only=True)
+  rows = read_table(job.reads["pairs"])
   items = [Item(row["prompt_tokens"], (row["chosen_tokens"], row["rejected_tokens"])) for row in rows]
   packing = Packing(items, settings.batch_size, settings.microbatch_tokens, batch_ways(job.mesh))
   steps = training_steps(len(items), settings)

@@ -46,7 +46,7 @@ def read_pairs(file) -> list[PreferencePair]:
   """The preference pairs of a `pairs` table, as text."""
   return [
     PreferencePair(row["prompt"], row["chosen"][0]["content"], row["rejected"][0]["content"])
-    for row in read_table(file, used_only=True)
+    for row in read_table(file)
   ]
 
 

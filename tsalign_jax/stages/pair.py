@@ -14,16 +14,23 @@ REASONS = {
 
 
 def pair(job: Job) -> Counts:
-  """Writes `pairs`, one row a verdict, in a format that TRL reads. Raises UserError when no pair is left."""
+  """Writes `pairs`, one row for each verdict that names a better response, in a format that TRL reads.
+
+  Raises UserError when no pair is left. Of the others, which `verdicts` holds, the counts tell.
+  """
   prompts = {row["prompt_id"]: row for row in read_table(job.reads["prompts"])}
   responses = {(row["prompt_id"], row["response_id"]): row for row in read_table(job.reads["responses"])}
   margins = {
     (row["prompt_id"], row["first"], row["second"]): row["margin"]
     for row in read_table(job.reads["candidates"], used_only=True)
   }
-  table = []
+  table, dropped = [], Counter()
   for row in read_table(job.reads["verdicts"]):
-    order = ("first", "second") if row["verdict"] != Verdict.SECOND else ("second", "first")
+    verdict = Verdict(row["verdict"])
+    if verdict in REASONS:
+      dropped[REASONS[verdict]] += 1
+      continue
+    order = ("first", "second") if verdict == Verdict.FIRST else ("second", "first")
     chosen, rejected = (responses[row["prompt_id"], row[side]] for side in order)
     table.append(
       {
@@ -34,22 +41,19 @@ def pair(job: Job) -> Counts:
         "prompt_tokens": prompts[row["prompt_id"]]["tokens"],
         "chosen_tokens": chosen["tokens"],
         "rejected_tokens": rejected["tokens"],
-        "flipped": _flipped(Verdict(row["verdict"]), margins[row["prompt_id"], row["first"], row["second"]]),
-        "dropped": REASONS.get(Verdict(row["verdict"])),
+        "flipped": _flipped(verdict, margins[row["prompt_id"], row["first"], row["second"]]),
       }
     )
-  kept = [row for row in table if row["dropped"] is None]
-  dropped = Counter(row["dropped"] for row in table if row["dropped"])
-  if not kept:
+  if not table:
     raise UserError(f"{job.name}: the teacher decided no pair ({dict(dropped)}); sample more prompts or responses")
   write_table(job.writes["pairs"], table, PAIRS)
-  flips = [row["flipped"] for row in kept if row["flipped"] is not None]
+  flips = [row["flipped"] for row in table if row["flipped"] is not None]
   flip_rate = sum(flips) / len(flips) if flips else None
-  return {"pairs": len(kept), "flip_rate": flip_rate, "dropped": dict(sorted(dropped.items()))}
+  return {"pairs": len(table), "flip_rate": flip_rate, "dropped": dict(sorted(dropped.items()))}
 
 
 def _flipped(verdict: Verdict, margin: float | None) -> bool | None:
-  """Whether the teacher reversed the student's order; None where either of them has none."""
-  if verdict not in (Verdict.FIRST, Verdict.SECOND) or not margin:
+  """Whether the teacher reversed the student's order; None where the student has none."""
+  if not margin:
     return None
   return (verdict == Verdict.SECOND) == (margin > 0)
