@@ -51,13 +51,28 @@ def test_report_shows_the_numbers_of_every_round(tmp_path, rounds):
     metrics = round_metrics(number, 0.6 + 0.04 * (number - 1))
     low, high = metrics["win_rate_ci"]
     assert f"{100 * low:.1f}% to {100 * high:.1f}%" in seen
-    assert f"{metrics['wins']} / 30 / {metrics['losses']}" in seen
+    assert f"{metrics['wins']} / 30 / {metrics['losses']} / {metrics['undecided']}" in seen
     assert f"142 → {metrics['mean_length_policy']:.0f}" in seen
     assert f"{metrics['pairs']:,}" in seen
     assert f"64% → {100 * metrics['student_accuracy_random']['now']:.0f}%" in seen
   assert f"after round {rounds}" in seen and "128 held-out prompts" in seen and "256 comparisons" in seen
   assert "dropped: same answer" in seen and "10.9 min" in seen and "23.7 min" in seen
   assert "max_tokens: 512" in seen
+  unused = (
+    "Prompts that no round uses: 2 training prompts (longer than 256 tokens), 1 training prompt (the prompt is held"
+  )
+  assert unused in seen
+
+
+def test_regret_is_shown_also_where_nobody_asked_for_calibration(tmp_path):
+  run = fabricate(tmp_path / "run", 1)
+  change_metrics(run, 1, student_calibration={})
+  assert "Regret of its pick" in words(page(run)) and "the student is sure" not in words(page(run))
+
+
+def test_comparisons_without_a_verdict_are_told_in_the_terminal_too(tmp_path):
+  run = fabricate(tmp_path / "run", 2)
+  assert "128 held-out prompts, 7 more undecided)" in " ".join(printed(run))
 
 
 def test_report_shows_what_judges_find_that_labelled_nothing(tmp_path):

@@ -38,6 +38,7 @@ def render(run: Run) -> str:
     align_figures=figures.align_figures(run.rounds),
     distil_figures=figures.distil_figures(run.rounds),
     time_figure=figures.time_figure(finished),
+    never_used=words.never_used(finished[-1].metrics) if finished else "",
     reasons=list(dict.fromkeys(reason for round in finished for reason in round.metrics.dropped)),
     stages=list(dict.fromkeys(stage for round in finished for stage in round.metrics.seconds)),
     comparisons=comparisons,

@@ -47,6 +47,7 @@ class Metrics:
   wins: int | None = None
   ties: int | None = None
   losses: int | None = None
+  undecided: int | None = None
   mean_length_base: float | None = None
   mean_length_policy: float | None = None
   student_accuracy_mined: Change = Change()
@@ -54,6 +55,7 @@ class Metrics:
   kl_from_initial: float | None = None
   pairs: int | None = None
   dropped: dict[str, int] = dataclasses.field(default_factory=dict)
+  prompts_dropped: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
   heldout_prompts: int | None = None
   flip_rate: float | None = None
@@ -113,6 +115,12 @@ class Run:
   def finished(self) -> list[Round]:
     """Rounds that have been evaluated."""
     return [round for round in self.rounds if round.metrics]
+
+  @property
+  def samples_freely(self) -> bool:
+    """Whether held-out answers are drawn as the policy says: at temperature 1, from all tokens."""
+    plain = {"evaluation.temperature": 1, "sampling.top_p": 1, "sampling.top_k": 0, "sampling.min_p": 0}
+    return all(self.setting(key) in (None, value) for key, value in plain.items())
 
   def setting(self, key: str) -> Any:
     """The value at a dotted key of the configuration, None if it is not set."""

@@ -57,7 +57,9 @@ def _conclusion(finished: list[Round]) -> str:
     f"[{_points(judge.win_rate_ci[0])}, {_points(judge.win_rate_ci[1])}]"
     for name, judge in last.judges.items()
   )
-  return f"{sentence} ({last.judged} comparisons on {_whole(last.heldout_prompts)} held-out prompts).{others}"
+  undecided = f", {last.undecided} more undecided" if last.undecided else ""
+  prompts = f"on {_whole(last.heldout_prompts)} held-out prompts"
+  return f"{sentence} ({last.judged} comparisons {prompts}{undecided}).{others}"
 
 
 def _change(values: Change) -> str:

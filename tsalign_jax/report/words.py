@@ -60,6 +60,15 @@ def proportions(sample: Sequence[Comparison], whole: Sequence[Comparison]) -> st
   return ", ".join(f"{name} {some} of {every}" for name, some, every in named)
 
 
+def never_used(metrics: Metrics) -> str:
+  """Prompts that were dropped before the first round: 3 training prompts (longer than 256 tokens)."""
+  return ", ".join(
+    f"{count:,} {split} {'prompt' if count == 1 else 'prompts'} ({reason})"
+    for split, reasons in metrics.prompts_dropped.items()
+    for reason, count in reasons.items()
+  )
+
+
 def caveats(run: Run, comparisons: Sequence[Comparison]) -> list[str]:
   """What a careful reader should hold against the headline of a run with a finished round, gravest first."""
   last = run.finished[-1]
