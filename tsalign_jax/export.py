@@ -1,5 +1,6 @@
 """A run's policy or student as a Hugging Face folder."""
 
+import shutil
 from pathlib import Path
 
 from tsalign_jax.config import load_config
@@ -29,5 +30,6 @@ def export_model(run: Path, out: Path, *, round: int | None, student: bool, dtyp
   # All devices of this machine, which need not be the one that the run was made on.
   params = model.restore(run / round_name(number) / ("student" if student else "policy"), make_mesh())
   unfinished = out.with_name(out.name + ".unfinished")
+  shutil.rmtree(unfinished, ignore_errors=True)
   save_params(params, model.skeleton, model.config, model.folder, unfinished, dtype=dtype)
   unfinished.rename(out)
