@@ -18,6 +18,7 @@ from tsalign_jax.config import (
   load_config,
 )
 from tsalign_jax.loop import _may_change
+from tsalign_jax.manifest import Manifest
 from tsalign_jax.types import UserError
 
 PACKAGE = Path(tsalign_jax.__file__).parent
@@ -67,10 +68,44 @@ def test_changed_keys_are_found_in_lists_and_another_kind_is_named_before_its_ke
   assert changed_keys({"t": {"b": 1, "kind": "x"}}, {"t": {"a": 1, "kind": "y"}})[0] == ("t.kind", "x", "y")
 
 
-def test_only_endpoints_may_change_freely_and_rounds_only_grow():
-  assert _may_change("teacher.endpoint.budget", None, 5) and _may_change("teacher.members.0.endpoint.timeout", 1, 2)
-  assert _may_change("rounds", 2, 3) and not _may_change("rounds", 3, 2)
-  assert not _may_change("teacher.endpoint", {}, None) and not _may_change("teacher.model", "a", "b")
+@pytest.mark.parametrize(
+  ("key", "old", "new", "allowed"),
+  [
+    ("teacher.endpoint.budget", None, 5, True),
+    ("teacher.members.0.endpoint.timeout", 1, 2, True),
+    ("teacher.endpoint", {}, None, False),
+    ("teacher.model", "a", "b", False),
+    ("rounds", 2, 3, True),
+    ("rounds", 3, 2, False),
+    ("align.microbatch_tokens", 8192, 4096, True),
+    ("policy.remat", False, True, True),
+    ("mesh.tensor", 1, 2, True),
+    ("sampling_mesh", None, {"data": 2}, True),
+    ("align.batch_size", 32, 16, False),
+    ("sampling.responses", 8, 4, False),
+  ],
+)
+def test_only_what_results_do_not_depend_on_may_change_and_rounds_only_grow(key, old, new, allowed, tmp_path):
+  assert _may_change(key, old, new, Manifest(tmp_path)) == allowed
+
+
+def test_judges_may_change_until_they_have_judged(tmp_path):
+  manifest = Manifest(tmp_path)
+  assert _may_change("evaluation.judges.gold.model", "a", "b", manifest)
+  manifest.commit("round_01/evaluate", {})
+  assert not _may_change("evaluation.judges.gold.model", "a", "b", manifest)
+
+
+@pytest.mark.parametrize(
+  ("overrides", "words"),
+  [
+    (["mining.strategy=random", "mining.min_margin=0.5"], "mining: min_margin is for strategy best_worst"),
+    (["distil.replay=pairs.jsonl", "distil.replay_share=0"], "distil: replay would not be used with replay_share 0"),
+  ],
+)
+def test_what_would_be_ignored_is_refused(overrides, words):
+  with pytest.raises(UserError, match=words):
+    load_config(PACKAGE.parent / "configs" / "demo.yaml", overrides)
 
 
 JUDGE = {"kind": "llm_judge", "model": "m", "endpoint": {"base_url": "http://host:1/v1"}}

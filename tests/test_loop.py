@@ -189,9 +189,41 @@ def test_teacher_that_changed_behind_the_configuration_is_named_and_refused(sett
 
 def test_the_teacher_as_a_further_judge_is_refused_before_anything_happens(tmp_path):
   config = tiny.run_config(tmp_path, evaluation={"judges": {"gold": {}}})
-  with pytest.raises(UserError, match=r"evaluation.judges.gold: this is the teacher again, who labels the pairs"):
+  with pytest.raises(UserError, match=r"evaluation.judges.gold: this is the teacher again, or a member of it"):
     run(load_config(config), QUIET)
   assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_a_member_of_the_teacher_as_a_further_judge_is_refused(tmp_path):
+  members = [{"kind": "checks"}, {"kind": "checks", "default": [{"name": "max_words", "limit": 9}]}]
+  teacher = {"kind": "ensemble", "members": members}
+  config = tiny.run_config(tmp_path, teacher=teacher, evaluation={"judges": {"gold": {}}})
+  with pytest.raises(UserError, match=r"evaluation.judges.gold: this is the teacher again, or a member of it"):
+    run(load_config(config), QUIET)
+
+
+def test_prompts_that_the_student_cannot_read_are_named_before_anything_happens(tmp_path):
+  config = tiny.run_config(tmp_path)
+  tiny.decoder("qwen2", tmp_path / "student", reward=True)
+  refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+  tiny.tokenizer(tmp_path / "student", template=refusing + tiny.TEMPLATE)
+  rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+  rows[2]["prompt"] = [{"role": role, "content": "be warm"} for role in ("system", "user")]
+  (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  with pytest.raises(
+    UserError, match=r"train.jsonl: row 3, read by the student: the chat template refuses .*'be warm'"
+  ):
+    run(load_config(config), QUIET)
+
+
+def test_a_run_that_has_not_begun_takes_any_configuration(tmp_path):
+  config = tiny.run_config(tmp_path)
+  with pytest.raises(UserError, match=r"student.warm_start.prompts = 24 of the 24 usable"):
+    run(load_config(config, ["student.warm_start.prompts=24"]), QUIET)
+  with pytest.raises(Stop):
+    run(load_config(config, ["prompts.max_tokens=50"]), stopping_at("round_00/sample", 1))
+  with pytest.raises(UserError, match=r"prompts.max_tokens: this run folder was made with 50"):
+    run(load_config(config), QUIET)
 
 
 def test_damaged_artifact_is_named_and_refused(setting, tmp_path):

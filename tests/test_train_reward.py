@@ -306,7 +306,7 @@ def test_held_out_pairs_that_could_not_be_measured_are_refused_before_training(t
   )
   said = [{"role": role, "content": "the sun"} for role in ("system", "user")]
   write_rows(held, [*rows[:6], rows[6] | {"prompt": said}])
-  with pytest.raises(UserError, match=r"held.jsonl: row 7: the chat template refuses the prompt that begins 'the sun'"):
+  with pytest.raises(UserError, match=r"held.jsonl: row 7, read by the model: the chat template refuses .* 'the sun'"):
     train_reward(load_config(config, [f"model.chat_template={template}"], RewardConfig), QUIET)
   write_rows(held, [rows[4]] * 3)
   with pytest.raises(UserError, match=r"held.jsonl: chosen and rejected are equal in every row"):

@@ -133,6 +133,12 @@ class Mining(Section):
   min_margin: Annotated[float, Field(ge=0)] = 0.0
   """Least difference in student score between the two; a smaller one makes no candidate."""
 
+  @model_validator(mode="after")
+  def _margin_of_the_best(self):
+    if self.min_margin and self.strategy == "random":
+      raise ValueError("min_margin is for strategy best_worst, random pairs are taken as they come; drop one of them")
+    return self
+
 
 class ChecksTeacher(Section):
   """Verifies instructions by program; a score is the fraction satisfied, equal scores are a tie."""
@@ -366,6 +372,12 @@ class Distil(RewardTraining):
   """Human preference pairs to mix in: a jsonl or parquet file in TRL's format, or dataset NAME@SPLIT."""
   epochs: Count = 1
   """Passes over the new pairs."""
+
+  @model_validator(mode="after")
+  def _replay_is_used(self):
+    if self.replay and not self.replay_share:
+      raise ValueError("replay would not be used with replay_share 0; raise it, or drop replay")
+    return self
 
 
 class Evaluation(Section):

@@ -16,6 +16,7 @@ from tsalign_jax.config import Config, RewardConfig, changed_keys, dump_config, 
 from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.files import fingerprint, read_preferences, read_prompts
 from tsalign_jax.manifest import Manifest, write_json
+from tsalign_jax.models.config import DecoderConfig
 from tsalign_jax.models.hf import WeightFiles
 from tsalign_jax.models.loading import policy_config
 from tsalign_jax.models.lora import check_targets
@@ -29,8 +30,13 @@ from tsalign_jax.teachers.base import Teacher
 from tsalign_jax.teachers.build import build_judges, build_teacher
 from tsalign_jax.types import UserError
 
+INPUTS = "inputs.json"  # of a stage that is half done
+TEACHER = "teacher.json"
 GROWING = {"rounds"}  # keys that may grow between two runs on one folder
-FREE = "endpoint"  # a section of which everything may change, as no result depends on it
+# What may change, as results depend on it by rounding at most: so a run that does not fit can be made to.
+FREE_SECTIONS = {"endpoint", "mesh", "sampling_mesh"}
+FREE = {"sampling_mesh", "remat", "checkpoint_every", "microbatch_tokens", "batch_tokens", "batch_prompts", "lanes"}
+JUDGES = "evaluation.judges"
 
 
 def run(config: Config, progress_of: Callable[[str], Progress]) -> None:
@@ -62,8 +68,8 @@ def run_steps(
   had committed before. Raises UserError for a run folder that holds another configuration or damaged files.
   """
   with _locked(config.run):
-    _check_config(config)
     manifest, mesh = Manifest(config.run), functools.cache(lambda: make_mesh(**config.mesh.model_dump()))
+    _check_config(config, manifest)
     committed = [step for step in steps if step.name in manifest.stages]
     for step in committed:
       manifest.verify(step.name, step.reads)
@@ -79,8 +85,6 @@ def write_metrics(run: Path, manifest: Manifest, folder: str) -> None:
   """Writes a round's `metrics.json`, and the run's, from what its stages reported."""
   entries = {name.split("/")[1]: entry for name, entry in manifest.stages.items() if name.startswith(folder + "/")}
   prepared = manifest.stages["round_00/prepare"]["counts"]
-  too_long = prepared["train_dropped"] + prepared["heldout_dropped"]
-  dropped = {"prompt too long": too_long} | entries["mine"]["counts"]["dropped"] | entries["pair"]["counts"]["dropped"]
   metrics = {
     "round": int(folder.removeprefix("round_")),
     **entries["evaluate"]["counts"],
@@ -90,7 +94,8 @@ def write_metrics(run: Path, manifest: Manifest, folder: str) -> None:
       "student": entries["score"]["counts"]["pairs_per_second"],
       "teacher": _judging_rate(entries["sample"]["counts"], entries["judge"]["counts"]),
     },
-    "dropped": {reason: count for reason, count in dropped.items() if count},
+    "dropped": entries["mine"]["counts"]["dropped"] | entries["pair"]["counts"]["dropped"],
+    "prompts_dropped": {"training": prepared["train_dropped"], "held-out": prepared["heldout_dropped"]},
     "seconds": {name: round(entry["seconds"], 1) for name, entry in entries.items()},
   }
   write_json(run / folder / "metrics.json", metrics)
@@ -112,7 +117,7 @@ def _execute(step: Step, config: Config | RewardConfig, mesh, manifest: Manifest
   out.mkdir(parents=True)
   partial.mkdir(exist_ok=True)
   reads = {role: fingerprint(path) for role, path in step.reads.items()}
-  _check_same_inputs(step, partial / "inputs.json", reads)
+  _check_same_inputs(step, partial / INPUTS, reads)
   writes = {name: out / file for name, file in step.writes.items()}
   counts = step.stage(Job(step.name, step.reads, writes, partial, step.options, config, mesh, progress))
   final = {name: folder / file for name, file in step.writes.items()}
@@ -168,40 +173,55 @@ def _check_inputs(config: Config) -> Teacher:
     raise UserError(f"student.path: {config.student.path} has no reward head; set student.warm_start to train one")
   teacher, judges = build_teacher(config), build_judges(config)
   for name, judge in judges.items():
-    if judge.identity == teacher.identity:
-      raise UserError(f"evaluation.judges.{name}: this is the teacher again, who labels the pairs; remove it")
+    if judge.opinions & teacher.opinions:
+      raise UserError(
+        f"evaluation.judges.{name}: this is the teacher again, or a member of it, who labels the pairs; remove it"
+      )
+  read_by_student = {}
   for source, readers in ((config.prompts.train, [teacher]), (config.prompts.heldout, [teacher, *judges.values()])):
     prompts = read_prompts(source)
     for reader in readers:
       reader.validate_prompts(prompts, source)
+    read_by_student[source] = [prompt.messages for prompt in prompts]
   if config.distil and config.distil.replay:
-    read_preferences(config.distil.replay)
+    read_by_student[config.distil.replay] = [pair.prompt for pair in read_preferences(config.distil.replay)]
+  if isinstance(student, DecoderConfig):
+    chat = Chat.load(config.student.path)
+    for source, conversations in read_by_student.items():
+      chat.check(enumerate(conversations, 1), source, "student")
   return teacher
 
 
-def _check_config(config: Config | RewardConfig) -> None:
-  """The run folder's configuration is this one, but for keys that may grow; a new folder gets this one."""
-  file = config.run / "config.yaml"
-  if file.exists():
+def _check_config(config: Config | RewardConfig, manifest: Manifest) -> None:
+  """The run folder's configuration is this one, but for keys that may change; a folder without work gets this one."""
+  file, unfinished = config.run / "config.yaml", list(config.run.rglob("*.partial"))
+  if manifest.stages or any(kept.name != INPUTS for folder in unfinished for kept in folder.iterdir()):
     before, now = (yaml.safe_load(dump_config(each)) for each in (load_config(file, schema=type(config)), config))
     for key, old, new in changed_keys(before, now):
-      if key != "run" and not _may_change(key, old, new):
+      if key != "run" and not _may_change(key, old, new, manifest):
         raise UserError(
           f"{key}: this run folder was made with {old!r}, the configuration now says {new!r}; "
           f"put {old!r} back, or choose another run folder than {config.run}"
         )
+  else:
+    for folder in unfinished:
+      shutil.rmtree(folder)
+    (config.run / TEACHER).unlink(missing_ok=True)
   temporary = file.with_name("config.yaml.tmp")
   temporary.write_text(dump_config(config))
   temporary.replace(file)
 
 
-def _may_change(key: str, old: Any, new: Any) -> bool:
-  return FREE in key.split(".")[:-1] or (key in GROWING and new >= old)
+def _may_change(key: str, old: Any, new: Any, manifest: Manifest) -> bool:
+  if key.startswith(JUDGES):
+    return not any(name.endswith("/evaluate") for name in manifest.stages)
+  *sections, last = key.split(".")
+  return last in FREE or not FREE_SECTIONS.isdisjoint(sections) or (key in GROWING and new >= old)
 
 
 def _check_teacher(run: Path, teacher: Teacher) -> None:
   """The run's teacher is still the one it began with: it also depends on plugins, templates and our own code."""
-  file = run / "teacher.json"
+  file = run / TEACHER
   before = json.loads(file.read_text())["identity"] if file.exists() else teacher.identity
   if before != teacher.identity:
     raise UserError(

@@ -1,6 +1,6 @@
 """`tsalign train-reward`: the training of a reward model as a run that can be stopped and continued."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from tsalign_jax.config import RewardConfig
@@ -14,7 +14,7 @@ from tsalign_jax.recipes.step import Step
 from tsalign_jax.recipes.train_reward import train_reward_steps
 from tsalign_jax.scoring.reward import check_reader
 from tsalign_jax.stages.base import Progress
-from tsalign_jax.types import PreferencePair, UserError
+from tsalign_jax.types import UserError
 
 
 def train_reward(config: RewardConfig, progress_of: Callable[[str], Progress]) -> None:
@@ -43,21 +43,10 @@ def _check_inputs(config: RewardConfig) -> None:
   model = check_reader(path, template)
   check_targets(config.training.lora, model, "training")
   pairs = {source: read_preferences(source, margin=config.pairs.margin) for source in config.pairs.train}
-  measured = read_preferences(heldout)
-  if all(pair.chosen == pair.rejected for pair in measured):
+  pairs[heldout] = read_preferences(heldout)
+  if all(pair.chosen == pair.rejected for pair in pairs[heldout]):
     raise UserError(f"{heldout}: chosen and rejected are equal in every row; give other held-out pairs")
   if isinstance(model, DecoderConfig):
     chat = Chat.load(path, template)
-    for source, rows in {**pairs, heldout: measured}.items():
-      _check_readable(source, rows, chat)
-
-
-def _check_readable(source: str, pairs: Sequence[PreferencePair], chat: Chat) -> None:
-  """Raises UserError that names the first row which the chat template refuses, such as a system turn."""
-  for row, pair in enumerate(pairs):
-    try:
-      chat.text_of(pair.prompt, answer_follows=True)
-      for response in (pair.chosen, pair.rejected):
-        chat.text_of([*pair.prompt, {"role": "assistant", "content": response}], answer_follows=False)
-    except UserError as error:
-      raise UserError(f"{source}: row {row + 1}: {error}") from error
+    for source, rows in pairs.items():
+      chat.check(((row, pair.prompt) for row, pair in enumerate(rows, 1)), source, "model")

@@ -165,7 +165,7 @@ def test_prompt_that_the_chat_template_refuses_is_named_by_its_row(folders, tmp_
   tiny.tokenizer(copy, template=refusing)
   turns = [{"role": "system", "content": "be warm"}, {"role": "user", "content": "tell"}]
   prompts = [Prompt(0, turns[1:]), Prompt(1, turns)]
-  with pytest.raises(UserError, match=r"row 2 of prompts.jsonl, read by the teacher: .*'be warm': no system turn"):
+  with pytest.raises(UserError, match=r"prompts.jsonl: row 2, read by the teacher: .*'be warm': no system turn"):
     teacher_of(copy, tmp_path).validate_prompts(prompts, "prompts.jsonl")
   teacher_of(folders["decoder"], tmp_path).validate_prompts(prompts, "prompts.jsonl")
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -60,6 +60,15 @@ class Chat:
     except TemplateError as error:  # such as a system turn, where a model knows none
       start = messages[0]["content"][:60]
       raise UserError(f"the chat template refuses the prompt that begins {start!r}: {error}") from error
+
+  def check(self, prompts: Iterable[tuple[int, Conversation]], source: str, reader: str) -> None:
+    """Raises UserError that names the first (row, prompt) of a source which the template refuses to `reader`."""
+    for row, messages in prompts:
+      try:
+        self.text_of(messages, answer_follows=True)
+        self.text_of([*messages, TURNS[1]], answer_follows=False)
+      except UserError as error:
+        raise UserError(f"{source}: row {row}, read by the {reader}: {error}") from error
 
   def response_tokens(self, response: str) -> list[int]:
     """Tokens of a response that the model did not sample, with the token that ends a turn."""

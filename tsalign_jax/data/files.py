@@ -15,6 +15,7 @@ from tsalign_jax.types import Conversation, PreferencePair, Prompt, UserError
 
 Row = TypeVar("Row")
 ROLES = ("system", "user", "assistant")
+HELD_OUT = "the prompt is held out"  # why a row is not learned from
 
 
 def read_prompts(source: str) -> list[Prompt]:
@@ -55,6 +56,11 @@ def read_preferences(source: str, *, margin: str | None = None) -> list[Preferen
   if not pairs:
     raise UserError(f"{source}: there is no row in it")
   return pairs
+
+
+def prompt_key(messages: Conversation) -> str:
+  """The same for equal prompts, wherever they were read."""
+  return json.dumps([[message["role"], message["content"]] for message in messages])
 
 
 def evenly(rows: Sequence[Row], most: int) -> Sequence[Row]:

@@ -57,7 +57,7 @@ def _warm_start(config: Config, prompts: Path) -> Iterator[Step]:
   mining = {"strategy": "random", "pairs": warm.pairs}
   yield _sample(config, "round_00", prompts, config.policy.path, None, mining, {"sampling": sampling, **chosen})
   yield from _label(config, "round_00", prompts, None, mining)
-  settings = config.distil.model_copy(update={"epochs": warm.epochs, "replay_share": 0.0})
+  settings = config.distil.model_copy(update={"epochs": warm.epochs, "replay_share": 0.0, "replay": None})
   yield _distil(config, "round_00", config.student.path, {}, settings)
 
 
@@ -81,7 +81,7 @@ def _round(config: Config, number: int, train: Path, heldout: Path, policy: Path
   earlier = range(0 if warm else 1, number)
   replay = {f"replay_{n:02d}": run / round_name(n) / "pairs.parquet" for n in earlier}
   if config.distil:
-    yield _distil(config, name, student, replay, config.distil)
+    yield _distil(config, name, student, {"heldout": heldout, **replay}, config.distil)
   yield _answer(config, name, heldout, folder / "policy")
   judges = {f"judge_{name}": judge for name, judge in config.evaluation.judges.items()}
   reads = {
@@ -134,11 +134,11 @@ def _label(config: Config, name: str, prompts: Path, scores: Path | None, option
   yield Step(f"{name}/pair", pair, reads | {"verdicts": folder / "verdicts.parquet"}, {"pairs": "pairs.parquet"})
 
 
-def _distil(config: Config, name: str, student: Path, replay: Mapping[str, Path], settings) -> Step:
+def _distil(config: Config, name: str, student: Path, others: Mapping[str, Path], settings) -> Step:
   reads = {
     "pairs": config.run / name / "pairs.parquet",
     "student": student,
-    **replay,
+    **others,
     **files_of({"human": settings.replay}),
   }
   return Step(f"{name}/distil", distil, reads, {"student": "student", "log": "distil.jsonl"}, {"settings": settings})

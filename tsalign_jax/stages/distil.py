@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 
 from tsalign_jax.config import Distil
-from tsalign_jax.data.files import read_preferences
+from tsalign_jax.data.files import prompt_key, read_preferences
 from tsalign_jax.data.tables import read_table
 from tsalign_jax.models.checkpoints import save_tree
 from tsalign_jax.scoring.reward import build_reward_engine
@@ -51,10 +51,14 @@ def read_pairs(file) -> list[PreferencePair]:
 
 
 def _replayed(job: Job, new: int, settings: Distil) -> list[PreferencePair]:
-  """As many earlier and human pairs as make up the replay share; each is used once before any is used twice."""
+  """As many earlier and human pairs as make up the replay share; each is used once before any is used twice.
+
+  No pair of a prompt on which the student is measured.
+  """
   pool = [pair for name, file in sorted(job.reads.items()) if name.startswith("replay_") for pair in read_pairs(file)]
   if settings.replay:
-    pool += read_preferences(settings.replay)
+    heldout = {prompt_key(row["prompt"]) for row in read_table(job.reads["heldout"])}
+    pool += [pair for pair in read_preferences(settings.replay) if prompt_key(pair.prompt) not in heldout]
   if not pool:
     return []
   wanted = round(new * settings.replay_share / (1 - settings.replay_share))

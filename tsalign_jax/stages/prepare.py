@@ -1,9 +1,11 @@
 """prepare: prompts from the user's files to tables, tokenised and checked before any device program starts."""
 
 import json
+from collections import Counter
+from collections.abc import Set
 
 from tsalign_jax.data.chat import Chat
-from tsalign_jax.data.files import evenly, read_prompts
+from tsalign_jax.data.files import HELD_OUT, evenly, prompt_key, read_prompts
 from tsalign_jax.data.tables import PROMPTS, write_table
 from tsalign_jax.stages.base import Counts, Job
 from tsalign_jax.teachers.build import build_teacher
@@ -11,22 +13,24 @@ from tsalign_jax.types import Prompt, UserError
 
 
 def prepare(job: Job) -> Counts:
-  """Writes the training and the held-out prompts; over-long ones stay in the table with the reason."""
-  chat = Chat.load(job.config.policy.path)
+  """Writes the training and the held-out prompts; what cannot be used stays in the table with the reason."""
+  chat, limit = Chat.load(job.config.policy.path), job.config.prompts.max_tokens
   teacher = build_teacher(job.config)
   counts: Counts = {}
-  for split in ("train", "heldout"):
+  held_out: set[str] = set()
+  for split in ("heldout", "train"):
     source = getattr(job.config.prompts, split)
     prompts = read_prompts(source)
     teacher.validate_prompts(prompts, source)
-    rows = [_row(prompt, chat, job.config.prompts.max_tokens) for prompt in prompts]
+    rows = [_row(prompt, chat, limit, held_out) for prompt in prompts]
     usable = [row for row in rows if row["dropped"] is None]
     if not usable:
-      raise UserError(f"{source}: every prompt is longer than prompts.max_tokens = {job.config.prompts.max_tokens}")
+      raise UserError(f"{source}: every prompt is longer than prompts.max_tokens = {limit}, or held out")
     if split == "heldout":
       usable = evenly(usable, job.config.prompts.heldout_limit or len(usable))
-    too_long = [row for row in rows if row["dropped"]]
-    write_table(job.writes[split], sorted([*usable, *too_long], key=lambda row: row["prompt_id"]), PROMPTS)
+      held_out = {prompt_key(prompt.messages) for prompt in prompts}
+    dropped = [row for row in rows if row["dropped"]]
+    write_table(job.writes[split], sorted([*usable, *dropped], key=lambda row: row["prompt_id"]), PROMPTS)
     warm = job.config.student.warm_start
     if split == "train" and warm and warm.prompts >= len(usable):
       raise UserError(
@@ -34,17 +38,19 @@ def prepare(job: Job) -> Counts:
         "prompts; give more prompts, or take fewer"
       )
     counts[f"{split}_prompts"] = len(usable)
-    counts[f"{split}_dropped"] = len(too_long)
+    counts[f"{split}_dropped"] = Counter(row["dropped"] for row in dropped)
   return counts
 
 
-def _row(prompt: Prompt, chat: Chat, limit: int) -> dict:
+def _row(prompt: Prompt, chat: Chat, limit: int, held_out: Set[str]) -> dict:
   tokens = chat.prompt_tokens(prompt.messages)
-  too_long = f"prompt longer than {limit} tokens" if len(tokens) > limit else None
+  dropped = f"longer than {limit} tokens" if len(tokens) > limit else None
+  if prompt_key(prompt.messages) in held_out:
+    dropped = HELD_OUT
   return {
     "prompt_id": prompt.id,
     "prompt": prompt.messages,
     "checks": json.dumps(list(prompt.checks)),
     "tokens": tokens,
-    "dropped": too_long,
+    "dropped": dropped,
   }

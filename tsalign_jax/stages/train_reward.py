@@ -1,21 +1,19 @@
 """train: a reward model learns from preference pairs, and is written as a Hugging Face folder."""
 
-import json
 import shutil
 from collections import Counter
 
 from tsalign_jax.config import RewardConfig
-from tsalign_jax.data.files import read_preferences
+from tsalign_jax.data.files import HELD_OUT, prompt_key, read_preferences
 from tsalign_jax.models.hf import save_params
 from tsalign_jax.models.loading import reward_model
 from tsalign_jax.scoring.reward import RewardEngine, build_reward_engine
 from tsalign_jax.stages.base import Counts, Job
 from tsalign_jax.training.reward import Example, fit, left_out_accuracy, make_example, probed
 from tsalign_jax.training.run import training_steps
-from tsalign_jax.types import Conversation, UserError
+from tsalign_jax.types import UserError
 
 EQUAL = "chosen and rejected are equal"
-HELD_OUT = "the prompt is held out"
 PROBE = "probe.npz"
 
 
@@ -61,20 +59,16 @@ def train_reward(job: Job) -> Counts:
 
 def usable_pairs(engine: RewardEngine, config: RewardConfig) -> tuple[list[Example], Counter[str]]:
   """The training pairs that can be learned from, and why how many others cannot."""
-  heldout = {_key(pair.prompt) for pair in read_preferences(config.pairs.heldout)}
+  heldout = {prompt_key(pair.prompt) for pair in read_preferences(config.pairs.heldout)}
   examples, dropped = [], Counter()
   for source in config.pairs.train:
     for pair in read_preferences(source, margin=config.pairs.margin):
       if pair.chosen == pair.rejected:
         dropped[EQUAL] += 1
-      elif _key(pair.prompt) in heldout:
+      elif prompt_key(pair.prompt) in heldout:
         dropped[HELD_OUT] += 1
       elif any((example := make_example(engine, pair)).item.cut):
         dropped[f"longer than {engine.limit} tokens"] += 1
       else:
         examples.append(example)
   return examples, dropped
-
-
-def _key(prompt: Conversation) -> str:
-  return json.dumps(prompt)

@@ -1,6 +1,6 @@
 """What every teacher is: a function from candidate pairs to judgements, in batches."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import Future
 from typing import NamedTuple, Protocol, Self
 
@@ -23,6 +23,11 @@ class Teacher(Protocol):
 
   identity: str
   remote = False  # whether it waits for a network
+
+  @property
+  def opinions(self) -> Set[str]:
+    """Whose opinions the verdicts are: another teacher that shares one of them is no independent judge."""
+    return {self.identity}
 
   def validate_prompts(self, prompts: Sequence[Prompt], source: str) -> None:
     """Raises UserError that names the first row of `source` which this teacher could not judge."""

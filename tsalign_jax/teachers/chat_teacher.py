@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self
@@ -37,8 +37,13 @@ class ChatTeacher(Teacher):
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     answerer = f"{kind} {settings.model} {digest}"
     self.identity = answerer if settings.both_orders else f"{answerer} one drawn order"
-    self._both_orders = settings.both_orders
+    self._answerer, self._both_orders = answerer, settings.both_orders
     self._asker = Asker(answerer, settings, run, where, clock)
+
+  @property
+  def opinions(self) -> Set[str]:
+    """Those of who answers, in however many orders."""
+    return {self._answerer}
 
   @abc.abstractmethod
   def question(self, prompt: Prompt, first: str, second: str) -> Question:

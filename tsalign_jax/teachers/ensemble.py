@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, Self
 
@@ -31,6 +31,11 @@ class Ensemble(Teacher):
     self._members, self._vote = members, majority if vote == "majority" else mean
     digest = hashlib.sha256(json.dumps([vote, names]).encode()).hexdigest()[:16]
     self.identity = f"ensemble {vote} of {len(members)} {digest}"
+
+  @property
+  def opinions(self) -> Set[str]:
+    """Those of the members."""
+    return {opinion for member in self._members for opinion in member.opinions}
 
   def validate_prompts(self, prompts: Sequence[Prompt], source: str) -> None:
     """Raises UserError that names the first row which a member could not judge."""

@@ -52,11 +52,8 @@ class RewardModelTeacher(Teacher):
 
   def validate_prompts(self, prompts: Sequence[Prompt], source: str) -> None:
     """Raises UserError that names the first row which the model's chat template refuses, such as a system turn."""
-    for prompt in prompts if self._chat else ():
-      try:
-        self._chat.text_of(prompt.messages, answer_follows=True)
-      except UserError as error:
-        raise UserError(f"row {prompt.id + 1} of {source}, read by the teacher: {error}") from error
+    if self._chat:
+      self._chat.check(((prompt.id + 1, prompt.messages) for prompt in prompts), source, "teacher")
 
   def judge(self, pairs: Sequence[CandidatePair]) -> list[Judgement]:
     """One judgement for each pair, in order. Evidence: the two scores, their difference, and what was cut."""
