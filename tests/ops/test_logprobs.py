@@ -1,5 +1,6 @@
 """Log-probabilities in chunks, against the dense ones."""
 
+import re
 from functools import partial
 
 import jax
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from tsalign_jax.ops.logprobs import token_logprobs
+from tsalign_jax.ops.logprobs import token_logprobs, token_logprobs_of_devices
+from tsalign_jax.parallel.mesh import batch_ways, make_mesh, sharding
 
 
 def dense(hidden, head, targets, softcap):
@@ -57,3 +59,31 @@ def test_no_array_of_all_tokens_by_vocabulary(pieces):
   program = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, head, weights, targets).compile()
   assert f"[{tokens},{vocab}]" not in program.as_text()
   assert program.memory_analysis().temp_size_in_bytes < tokens * vocab * 4 / 2
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["fsdp", "all axes"])
+def test_ways_compute_their_own_tokens_and_wait_for_nobody_between_chunks(axes):
+  mesh, embed, vocab = make_mesh(**axes), 16, 64
+  random, shape = np.random.default_rng(0), (batch_ways(mesh), 40)
+  where = {
+    "head": sharding(("embed", "vocab"), (embed, vocab), mesh),
+    "hidden": sharding(("batch", None, None), (*shape, embed), mesh),
+  }
+  hidden = jax.device_put(random.normal(size=(*shape, embed)).astype(np.float32), where["hidden"])
+  head = jax.device_put(random.normal(size=(embed, vocab)).astype(np.float32), where["head"])
+  targets, weights = random.integers(0, vocab, shape), random.normal(size=shape).astype(np.float32)
+
+  def loss(logprobs, hidden, head):
+    return (weights * logprobs(hidden, head)).sum()
+
+  def whole(hidden, head):
+    return dense(hidden.reshape(-1, embed), head, targets.reshape(-1), None).reshape(shape)
+
+  split = partial(token_logprobs_of_devices, targets=targets, mesh=mesh, chunk=16)
+  program = jax.jit(jax.grad(partial(loss, split), (0, 1))).lower(hidden, head).compile()
+  for found, expected in zip(program(hidden, head), jax.grad(partial(loss, whole), (0, 1))(hidden, head), strict=True):
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+  if mesh.shape["tensor"] == 1:  # a vocabulary that is split needs its sums in every chunk
+    computations = dict(re.findall(r"^%?([\w.\-]+) \(.*?\{\n(.*?)^\}", program.as_text(), flags=re.M | re.S))
+    bodies = re.findall(r"body=%?([\w.\-]+)", program.as_text())
+    assert bodies and not any(re.search("all-|reduce-scatter|permute", computations[body]) for body in bodies)

@@ -2,13 +2,16 @@
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from tsalign_jax.ops.einsum import soft_cap, sum_exp, transposed, wide_dot
 from tsalign_jax.ops.order import after
+from tsalign_jax.parallel.mesh import RULES
 
 CHUNK = 256  # tokens
 PART = 2048  # columns of the vocabulary
@@ -38,6 +41,32 @@ def token_logprobs(
   hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, hidden.shape[1])
   targets = jnp.pad(targets, (0, padding)).reshape(-1, chunk)
   return jax.lax.map(lambda pair: of_chunk(pair[0], head, pair[1]), (hidden, targets)).reshape(-1)[:tokens]
+
+
+def token_logprobs_of_devices(
+  hidden: Float[Array, "ways tokens embed"],
+  head: Float[Array, "embed vocab"],
+  targets: Int[Array, "ways tokens"],
+  mesh: Mesh,
+  **pieces: Any,
+) -> Float[Array, "ways tokens"]:
+  """`token_logprobs` where every way that batches are split computes its own tokens, in `pieces` as there.
+
+  Each gathers the head once. Left to the partitioner, the scan would be over chunks of all ways, one after the other,
+  and each would wait for all devices.
+  """
+
+  def of_device(hidden, head, targets):
+    return token_logprobs(hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1), **pieces).reshape(
+      targets.shape
+    )
+
+  if len(targets) == 1:
+    return of_device(hidden, head, targets)
+  batch, axes = PartitionSpec(RULES["batch"]), set(RULES["batch"])
+  # Gradients of the head are of each way alone until shard_map adds them up, which its type check does not allow for.
+  by_way = functools.partial(jax.shard_map, mesh=mesh, axis_names=axes, check_vma=False)
+  return by_way(of_device, in_specs=(batch, PartitionSpec(), batch), out_specs=batch)(hidden, head, targets)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -18,7 +18,7 @@ from tsalign_jax.models.loading import ModelHandle
 from tsalign_jax.models.lora import adapted_skeleton
 from tsalign_jax.objectives import dpo
 from tsalign_jax.ops.attention import PackedRows
-from tsalign_jax.ops.logprobs import CHUNK, PART, token_logprobs
+from tsalign_jax.ops.logprobs import CHUNK, PART, token_logprobs_of_devices
 from tsalign_jax.parallel.mesh import constrain_batch, one_behind, put_batch
 from tsalign_jax.training.optimizer import ROUND_ALIKE
 from tsalign_jax.types import Packed
@@ -43,17 +43,18 @@ def branch_logps(
   predicting = jnp.take_along_axis(constrain_batch(by_device, mesh), batch.predictor[..., None], axis=1)
   apart = model.layout == "unrolled"
   with jax.named_scope("token_logprobs"):
-    logps = token_logprobs(
-      predicting.reshape(-1, hidden.shape[-1]),
+    logps = token_logprobs_of_devices(
+      predicting,
       language_model.head(),
-      batch.target.reshape(-1),
+      batch.target,
+      mesh,
       softcap=model.config.logit_softcap,
       chunk=None if apart else CHUNK,
       part=PART if apart else None,
     )
   branches = batch.length.size // len(batch.owner)
   of_branch = batch.owner[..., None] == jnp.arange(branches)
-  sums = jnp.where(of_branch, logps.reshape(batch.target.shape)[..., None], 0.0).sum(axis=1)
+  sums = jnp.where(of_branch, logps[..., None], 0.0).sum(axis=1)
   return sums.reshape(batch.length.shape)
 
 
