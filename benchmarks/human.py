@@ -42,22 +42,28 @@ class Variant(NamedTuple):
 
   name: str
   run: Path
-  overrides: tuple[str, ...] = ()
+  overrides: tuple[str, ...]
   teacher_scores: bool = False
   student_judges: bool = False
   idle: tuple[str, ...] = ()
 
 
 def variants() -> list[Variant]:
-  """TS-Align first, then the ablations."""
+  """TS-Align first, then the ablations: of these one round, to be held against its first."""
   teacher = f"{{kind: reward_model, path: {TEACHER / 'model'}}}"
   return [
-    Variant("TS-Align", Path("runs/hh_human")),
-    Variant("random pairs", Path("runs/hh_human_random"), ("mining.strategy=random", "distil=null"), idle=("score",)),
+    Variant("TS-Align", Path("runs/hh_human"), ()),
+    Variant(
+      "random pairs",
+      Path("runs/hh_human_random"),
+      ("rounds=1", "mining.strategy=random", "distil=null"),
+      idle=("score",),
+    ),
     Variant(
       "student only",
       Path("runs/hh_human_student"),
       (
+        "rounds=1",
         f"teacher.path={STUDENT / 'model'}",
         f"evaluation.judges.teacher={teacher}",
         "distil=null",
@@ -68,7 +74,7 @@ def variants() -> list[Variant]:
     Variant(
       "teacher only",
       Path("runs/hh_human_teacher"),
-      (f"student.path={TEACHER / 'model'}", "distil=null"),
+      ("rounds=1", f"student.path={TEACHER / 'model'}", "distil=null"),
       teacher_scores=True,
       idle=("judge",),
     ),
@@ -91,7 +97,7 @@ def main() -> Mapping[str, float]:
   gold_judge = f"evaluation.judges.gold={{kind: reward_model, path: {GOLD / 'model'}}}"
   shared = (f"prompts.train={human}", f"prompts.heldout={unseen}", f"distil.replay={human}", gold_judge)
   for variant in variants():
-    _tsalign("run", CONFIGS / "hh_human.yaml", f"run={variant.run}", *shared, *options.overrides, *variant.overrides)
+    _tsalign("run", CONFIGS / "hh_human.yaml", f"run={variant.run}", *shared, *variant.overrides, *options.overrides)
   print(reward_table({"teacher": TEACHER, "student": STUDENT, "gold": GOLD}))
   print(variant_table(variants()))
   print_machine()
