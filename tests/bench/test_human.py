@@ -93,7 +93,7 @@ def test_what_the_teacher_read_is_counted_where_it_stands(tmp_path):
   (tmp_path / "manifest.json").write_text(json.dumps({"stages": stages}))
 
   def row(**options) -> list[str]:
-    *_, last = human.variant_table([human.Variant("it", tmp_path, **options)]).splitlines()
+    *_, last = human.variant_table([human.Variant("it", tmp_path, (), **options)]).splitlines()
     return last.strip("| ").split(" | ")
 
   assert row() == [
