@@ -14,7 +14,7 @@ demo: models/smollm2 models/minilm models/prompts/heldout.jsonl
 
 test: $(VENV)/test $(VENV)/models
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test-server: $(VENV)/serve models/smollm2
 	$(VENV)/bin/pytest -m server
