@@ -85,7 +85,7 @@ def main() -> Mapping[str, float]:
   """TS-Align's win rates after the last round, after the tables."""
   out = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   out.add_argument("--data", type=Path, default=Path("data"), help="folder with hh_rlhf, tulu_human and alpaca_eval")
-  out.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run of the recipe, such as rounds=1")
+  out.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for each run of the recipe")
   options = out.parse_args()
   human, unseen = (options.data / "hh_rlhf" / f"preferences.{split}.jsonl" for split in ("train", "test"))
   train, heldout = _gold_preferences(options.data, unseen)
@@ -97,7 +97,7 @@ def main() -> Mapping[str, float]:
   gold_judge = f"evaluation.judges.gold={{kind: reward_model, path: {GOLD / 'model'}}}"
   shared = (f"prompts.train={human}", f"prompts.heldout={unseen}", f"distil.replay={human}", gold_judge)
   for variant in variants():
-    _tsalign("run", CONFIGS / "hh_human.yaml", f"run={variant.run}", *shared, *variant.overrides, *options.overrides)
+    _tsalign("run", CONFIGS / "hh_human.yaml", f"run={variant.run}", *shared, *options.overrides, *variant.overrides)
   print(reward_table({"teacher": TEACHER, "student": STUDENT, "gold": GOLD}))
   print(variant_table(variants()))
   print_machine()

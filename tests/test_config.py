@@ -83,10 +83,14 @@ def test_changed_keys_are_found_in_lists_and_another_kind_is_named_before_its_ke
     ("sampling_mesh", None, {"data": 2}, True),
     ("align.batch_size", 32, 16, False),
     ("sampling.responses", 8, 4, False),
+    ("evaluation.judges.gold.endpoint.budget", 5, 9, True),
+    ("evaluation.judges.gold.batch_tokens", 8192, 4096, True),
   ],
 )
 def test_only_what_results_do_not_depend_on_may_change_and_rounds_only_grow(key, old, new, allowed, tmp_path):
-  assert _may_change(key, old, new, Manifest(tmp_path)) == allowed
+  manifest = Manifest(tmp_path)
+  manifest.commit("round_01/evaluate", {})
+  assert _may_change(key, old, new, manifest) == allowed
 
 
 def test_judges_may_change_until_they_have_judged(tmp_path):

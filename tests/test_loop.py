@@ -20,6 +20,7 @@ from rich.console import Console
 
 from tsalign_jax.config import load_config
 from tsalign_jax.loop import run
+from tsalign_jax.manifest import write_json
 from tsalign_jax.progress import terminal_progress
 from tsalign_jax.stages import judge
 from tsalign_jax.teachers import checks
@@ -224,6 +225,47 @@ def test_a_run_that_has_not_begun_takes_any_configuration(tmp_path):
     run(load_config(config, ["prompts.max_tokens=50"]), stopping_at("round_00/sample", 1))
   with pytest.raises(UserError, match=r"prompts.max_tokens: this run folder was made with 50"):
     run(load_config(config), QUIET)
+
+
+def test_a_stage_that_kept_nothing_begins_again_with_other_inputs(tmp_path):
+  config, file = tiny.run_config(tmp_path), "round_00/sample.partial/inputs.json"
+  with pytest.raises(Stop):
+    run(load_config(config), stopping_at("round_00/sample", 0))
+  began_with = json.loads((tmp_path / "run" / file).read_text())
+  write_json(tmp_path / "run" / file, dict.fromkeys(began_with, "another"))
+  with pytest.raises(Stop):
+    run(load_config(config), stopping_at("round_00/sample", 1))
+  assert json.loads((tmp_path / "run" / file).read_text()) == began_with
+  write_json(tmp_path / "run" / file, dict.fromkeys(began_with, "another"))
+  with pytest.raises(UserError, match=r"changed while stage round_00/sample was half done"):
+    run(load_config(config), QUIET)
+
+
+def test_a_folder_of_another_version_is_refused(tmp_path):
+  config = tiny.run_config(tmp_path)
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "manifest.json").write_text(json.dumps({"version": 1, "stages": {}}))
+  with pytest.raises(UserError, match=r"manifest.json: written by another version of tsalign_jax"):
+    run(load_config(config), QUIET)
+
+
+def test_a_folder_of_other_runs_is_not_touched(tmp_path):
+  config = tiny.run_config(tmp_path)
+  kept = tmp_path / "run" / "other" / "round_01" / "score.partial" / "inputs.json"
+  kept.parent.mkdir(parents=True)
+  kept.write_text("{}")
+  with pytest.raises(Stop):
+    run(load_config(config), stopping_at("round_00/sample", 0))
+  assert kept.exists()
+
+
+def test_replay_that_is_all_held_out_is_refused(tmp_path):
+  config = tiny.run_config(tmp_path)
+  rows = [json.loads(line) for line in (tmp_path / "heldout.jsonl").open()]
+  pairs = [{"prompt": row["prompt"], "chosen": "the cat", "rejected": "a dog"} for row in rows]
+  (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+  with pytest.raises(UserError, match=r"distil.replay: every prompt of .*pairs.jsonl is held out; name another file"):
+    run(load_config(config, [f"distil.replay={tmp_path / 'pairs.jsonl'}"]), QUIET)
 
 
 def test_damaged_artifact_is_named_and_refused(setting, tmp_path):

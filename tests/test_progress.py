@@ -10,7 +10,7 @@ from tsalign_jax.progress import SILENCE, terminal_progress
 def shown(seconds: list[float]) -> list[str]:
   """Lines of a log after so many seconds between one response and the next."""
   now, out = [0.0], io.StringIO()
-  console = Console(file=out, force_terminal=False, width=100)
+  console = Console(file=out, force_terminal=False, width=60)
   with terminal_progress(console, lambda: now[0])("round_01/sample")(8, "responses") as advance:
     for passed in seconds:
       now[0] += passed

@@ -14,7 +14,7 @@ import yaml
 
 from tsalign_jax.config import Config, RewardConfig, changed_keys, dump_config, load_config
 from tsalign_jax.data.chat import Chat
-from tsalign_jax.data.files import fingerprint, read_preferences, read_prompts
+from tsalign_jax.data.files import fingerprint, prompt_key, read_preferences, read_prompts
 from tsalign_jax.manifest import Manifest, write_json
 from tsalign_jax.models.config import DecoderConfig
 from tsalign_jax.models.hf import WeightFiles
@@ -69,7 +69,7 @@ def run_steps(
   """
   with _locked(config.run):
     manifest, mesh = Manifest(config.run), functools.cache(lambda: make_mesh(**config.mesh.model_dump()))
-    _check_config(config, manifest)
+    _check_config(config, manifest, [_workplaces(config.run, step)[0] for step in steps])
     committed = [step for step in steps if step.name in manifest.stages]
     for step in committed:
       manifest.verify(step.name, step.reads)
@@ -117,7 +117,7 @@ def _execute(step: Step, config: Config | RewardConfig, mesh, manifest: Manifest
   out.mkdir(parents=True)
   partial.mkdir(exist_ok=True)
   reads = {role: fingerprint(path) for role, path in step.reads.items()}
-  _check_same_inputs(step, partial / INPUTS, reads)
+  _check_same_inputs(step, partial, reads)
   writes = {name: out / file for name, file in step.writes.items()}
   counts = step.stage(Job(step.name, step.reads, writes, partial, step.options, config, mesh, progress))
   final = {name: folder / file for name, file in step.writes.items()}
@@ -145,9 +145,15 @@ def _clean(run: Path, step: Step) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_same_inputs(step: Step, file: Path, reads: dict[str, str]) -> None:
-  """A stage that was stopped continues only from the inputs that it began with."""
-  before = json.loads(file.read_text()) if file.exists() else reads
+def _worked(partial: Path) -> bool:
+  """Whether a stage has kept anything there that it would go on with."""
+  return partial.is_dir() and any(kept.name != INPUTS for kept in partial.iterdir())
+
+
+def _check_same_inputs(step: Step, partial: Path, reads: dict[str, str]) -> None:
+  """A stage that goes on with what it kept does so only from the inputs that it began with."""
+  file = partial / INPUTS
+  before = json.loads(file.read_text()) if _worked(partial) and file.exists() else reads
   for role, digest in reads.items():
     if before.get(role) != digest:
       path = step.reads[role]
@@ -184,18 +190,24 @@ def _check_inputs(config: Config) -> Teacher:
       reader.validate_prompts(prompts, source)
     read_by_student[source] = [prompt.messages for prompt in prompts]
   if config.distil and config.distil.replay:
-    read_by_student[config.distil.replay] = [pair.prompt for pair in read_preferences(config.distil.replay)]
+    replayed = [pair.prompt for pair in read_preferences(config.distil.replay)]
+    if set(map(prompt_key, replayed)) <= set(map(prompt_key, read_by_student[config.prompts.heldout])):
+      raise UserError(f"distil.replay: every prompt of {config.distil.replay} is held out; name another file")
+    read_by_student[config.distil.replay] = replayed
   if isinstance(student, DecoderConfig):
     chat = Chat.load(config.student.path)
     for source, conversations in read_by_student.items():
-      chat.check(enumerate(conversations, 1), source, "student")
+      chat.check(enumerate(conversations, 1), source, "the student")
   return teacher
 
 
-def _check_config(config: Config | RewardConfig, manifest: Manifest) -> None:
-  """The run folder's configuration is this one, but for keys that may change; a folder without work gets this one."""
-  file, unfinished = config.run / "config.yaml", list(config.run.rglob("*.partial"))
-  if manifest.stages or any(kept.name != INPUTS for folder in unfinished for kept in folder.iterdir()):
+def _check_config(config: Config | RewardConfig, manifest: Manifest, unfinished: Sequence[Path]) -> None:
+  """The run folder's configuration is this one, but for keys that may change; a folder without work gets this one.
+
+  `unfinished` is where stages keep what they need to resume.
+  """
+  file = config.run / "config.yaml"
+  if manifest.stages or any(map(_worked, unfinished)):
     before, now = (yaml.safe_load(dump_config(each)) for each in (load_config(file, schema=type(config)), config))
     for key, old, new in changed_keys(before, now):
       if key != "run" and not _may_change(key, old, new, manifest):
@@ -205,7 +217,7 @@ def _check_config(config: Config | RewardConfig, manifest: Manifest) -> None:
         )
   else:
     for folder in unfinished:
-      shutil.rmtree(folder)
+      shutil.rmtree(folder, ignore_errors=True)
     (config.run / TEACHER).unlink(missing_ok=True)
   temporary = file.with_name("config.yaml.tmp")
   temporary.write_text(dump_config(config))
@@ -213,10 +225,10 @@ def _check_config(config: Config | RewardConfig, manifest: Manifest) -> None:
 
 
 def _may_change(key: str, old: Any, new: Any, manifest: Manifest) -> bool:
-  if key.startswith(JUDGES):
-    return not any(name.endswith("/evaluate") for name in manifest.stages)
   *sections, last = key.split(".")
-  return last in FREE or not FREE_SECTIONS.isdisjoint(sections) or (key in GROWING and new >= old)
+  if last in FREE or not FREE_SECTIONS.isdisjoint(sections) or (key in GROWING and new >= old):
+    return True
+  return key.startswith(JUDGES) and not any(name.endswith("/evaluate") for name in manifest.stages)
 
 
 def _check_teacher(run: Path, teacher: Teacher) -> None:

@@ -12,19 +12,26 @@ from tsalign_jax.types import UserError
 
 # {"reads": {role: hash}, "writes": {path in the run folder: hash}, "seconds": float, "counts": {...}}
 Entry = dict[str, Any]
+VERSION = 2  # of what stages write and report; to be raised when later stages would read it otherwise
 
 
 class Manifest:
   """`manifest.json` of a run folder. A stage is in it, or it has not happened."""
 
   def __init__(self, run: Path):
+    """Raises UserError for a folder that another version of this package has written."""
     self.run, self.file = Path(run), Path(run) / "manifest.json"
-    self.stages: dict[str, Entry] = json.loads(self.file.read_text())["stages"] if self.file.exists() else {}
+    content = json.loads(self.file.read_text()) if self.file.exists() else {"version": VERSION, "stages": {}}
+    if content["version"] != VERSION:
+      raise UserError(
+        f"{self.file}: written by another version of tsalign_jax; finish it with that, or start a new run"
+      )
+    self.stages: dict[str, Entry] = content["stages"]
 
   def commit(self, stage: str, entry: Entry) -> None:
     """Adds a stage; on disk before this returns."""
     self.stages[stage] = entry
-    write_json(self.file, {"version": 1, "stages": self.stages})
+    write_json(self.file, {"version": VERSION, "stages": self.stages})
 
   def verify(self, stage: str, reads: Mapping[str, Path]) -> None:
     """Raises UserError when what a committed stage read or wrote is not what it was."""

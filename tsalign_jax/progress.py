@@ -31,12 +31,15 @@ def terminal_progress(console: Console, clock: Callable[[], float] = time.monoto
           rate = f"{done / max(now - started, 1e-9):.1f} {unit}/s"
           bar.update(task, note=last, rate=rate)
           if not drawn and now - spoken >= SILENCE:
-            console.print(f"  {stage:20} {done:>7.0f} of {total} {unit}  {rate}  {last}", highlight=False)
+            console.print(
+              f"  {stage:20} {done:>7.0f} of {total} {unit}  {rate}  {last}", highlight=False, soft_wrap=True
+            )
             spoken = now
 
         yield advance
       seconds = clock() - started
-      console.print(f"[green]✓[/] {stage:20} {total:>7} {unit:<10} {seconds:7.1f} s  [dim]{last}[/]", highlight=False)
+      closing = f"[green]✓[/] {stage:20} {total:>7} {unit:<10} {seconds:7.1f} s  [dim]{last}[/]"
+      console.print(closing, highlight=False, soft_wrap=True)
 
     return display
 

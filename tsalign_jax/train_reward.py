@@ -49,4 +49,4 @@ def _check_inputs(config: RewardConfig) -> None:
   if isinstance(model, DecoderConfig):
     chat = Chat.load(path, template)
     for source, rows in pairs.items():
-      chat.check(((row, pair.prompt) for row, pair in enumerate(rows, 1)), source, "model")
+      chat.check(((row, pair.prompt) for row, pair in enumerate(rows, 1)), source, "the model")

@@ -99,6 +99,7 @@ def test_scores_in_a_store_that_runs_share_are_shown_as_such(run, tmp_path):
   store.put("reward_model [x]", {"a": Score(1.5, 900, False, 0.5)})
   store.close()
   config = {"run": "x", "teacher": {"members": [{"kind": "checks"}, {"kind": "reward_model", "store": str(shared)}]}}
+  config["evaluation"] = {"judges": {"gold": {"kind": "llm_judge", "extra_body": {"store": True}}}}
   (run / "config.yaml").write_text(yaml.safe_dump(config))
   printed = " ".join(" ".join(line) for line in lines(run))
   assert (

@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import wait
 
 import pytest
 import tiny
@@ -60,6 +61,13 @@ def verdicts(config):
 @pytest.mark.parametrize("strategy", ["best_worst", "random"])
 def test_judging_ahead_changes_nothing_and_pays_for_nothing_twice(strategy, server, tmp_path, monkeypatch):
   monkeypatch.setattr(ahead, "ENOUGH", 4)
+  tell = ahead.Ahead.tell
+
+  def tell_while_sampling_takes_long(self, rows):
+    tell(self, rows)
+    wait(self._asked)
+
+  monkeypatch.setattr(ahead.Ahead, "tell", tell_while_sampling_takes_long)
   early = configured(tmp_path / "early", server, strategy)
   counts = {name: entry["counts"] for name, entry in label(early).stages.items()}
   asked = sorted(request.content for request in server.log)

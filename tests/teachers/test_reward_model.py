@@ -15,10 +15,12 @@ from safetensors.numpy import load_file, save_file
 from stages import judging
 from teachers.asked import rows
 
-from tsalign_jax.config import load_config
+from tsalign_jax.config import Mesh, load_config
+from tsalign_jax.config import RewardModelTeacher as Settings
 from tsalign_jax.scoring.reward import conversation_text
 from tsalign_jax.teachers import reward_model
 from tsalign_jax.teachers.build import build_teacher
+from tsalign_jax.teachers.reward_model import RewardModelTeacher
 from tsalign_jax.teachers.store import scored
 from tsalign_jax.types import CandidatePair, Prompt, UserError, Verdict
 
@@ -165,9 +167,12 @@ def test_prompt_that_the_chat_template_refuses_is_named_by_its_row(folders, tmp_
   tiny.tokenizer(copy, template=refusing)
   turns = [{"role": "system", "content": "be warm"}, {"role": "user", "content": "tell"}]
   prompts = [Prompt(0, turns[1:]), Prompt(1, turns)]
-  with pytest.raises(UserError, match=r"prompts.jsonl: row 2, read by the teacher: .*'be warm': no system turn"):
+  with pytest.raises(UserError, match=r"prompts.jsonl: row 2, read by teacher: .*'be warm': no system turn"):
     teacher_of(copy, tmp_path).validate_prompts(prompts, "prompts.jsonl")
   teacher_of(folders["decoder"], tmp_path).validate_prompts(prompts, "prompts.jsonl")
+  judge = RewardModelTeacher(Settings(path=copy), tmp_path, "evaluation.judges.gold", Mesh())
+  with pytest.raises(UserError, match=r"row 2, read by evaluation.judges.gold: "):
+    judge.validate_prompts(prompts, "prompts.jsonl")
 
 
 def test_scores_that_are_no_numbers_stop_the_run(folders, tmp_path):

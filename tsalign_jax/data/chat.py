@@ -68,7 +68,7 @@ class Chat:
         self.text_of(messages, answer_follows=True)
         self.text_of([*messages, TURNS[1]], answer_follows=False)
       except UserError as error:
-        raise UserError(f"{source}: row {row}, read by the {reader}: {error}") from error
+        raise UserError(f"{source}: row {row}, read by {reader}: {error}") from error
 
   def response_tokens(self, response: str) -> list[int]:
     """Tokens of a response that the model did not sample, with the token that ends a turn."""

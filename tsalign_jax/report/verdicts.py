@@ -87,14 +87,18 @@ def _teacher(run: Path) -> str:
 
 
 def _shared_stores(run: Path) -> list[Path]:
-  """The stores that the run's teachers share with other runs: whatever is called `store` in its configuration."""
+  """The stores that the run's teachers share with other runs: whatever is called `store` in its configuration.
+
+  What goes to a server as it is (`extra_body`) may have a field of that name too.
+  """
   config, found = yaml.safe_load((run / "config.yaml").read_text()), []
 
   def search(node: object) -> None:
     for name, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
       if name == "store" and value:
         found.append(Path(value))
-      search(value)
+      if name != "extra_body":
+        search(value)
 
   search(config)
   return sorted(set(found))

@@ -1,6 +1,8 @@
 """distil: the student learns from the teacher's verdicts, mixed with pairs that it has seen before."""
 
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -24,7 +26,10 @@ def distil(job: Job) -> Counts:
   model = job.student()
   engine = build_reward_engine(model, job.mesh, job.config.student)
   new = read_pairs(job.reads["pairs"])
-  pairs = [*new, *_replayed(job, len(new), settings)]
+  earlier = [file for name, file in sorted(job.reads.items()) if name.startswith("replay_")]
+  human, left_out = human_pairs(settings.replay, job.reads["heldout"]) if settings.replay else ([], 0)
+  seen = [*(pair for file in earlier for pair in read_pairs(file)), *human]
+  pairs = [*new, *_replayed(seen, len(new), settings.replay_share, job.seed)]
   examples = [make_example(engine, pair) for pair in pairs]
   steps = training_steps(len(examples), settings)
   with job.progress(steps, "steps") as advance:
@@ -39,7 +44,8 @@ def distil(job: Job) -> Counts:
     )
   save_tree(job.writes["student"], trained)
   shutil.copyfile(job.partial / "log.jsonl", job.writes["log"])
-  return {"new_pairs": len(new), "replayed_pairs": len(pairs) - len(new), "steps": steps}
+  replayed = {"replayed_pairs": len(pairs) - len(new), "human_pairs_held_out": left_out}
+  return {"new_pairs": len(new), **replayed, "steps": steps}
 
 
 def read_pairs(file) -> list[PreferencePair]:
@@ -50,18 +56,18 @@ def read_pairs(file) -> list[PreferencePair]:
   ]
 
 
-def _replayed(job: Job, new: int, settings: Distil) -> list[PreferencePair]:
-  """As many earlier and human pairs as make up the replay share; each is used once before any is used twice.
+def human_pairs(source: str, heldout: Path) -> tuple[list[PreferencePair], int]:
+  """Human preferences without those of prompts on which the student is measured, and how many these were."""
+  measured = {prompt_key(row["prompt"]) for row in read_table(heldout)}
+  pairs = read_preferences(source)
+  kept = [pair for pair in pairs if prompt_key(pair.prompt) not in measured]
+  return kept, len(pairs) - len(kept)
 
-  No pair of a prompt on which the student is measured.
-  """
-  pool = [pair for name, file in sorted(job.reads.items()) if name.startswith("replay_") for pair in read_pairs(file)]
-  if settings.replay:
-    heldout = {prompt_key(row["prompt"]) for row in read_table(job.reads["heldout"])}
-    pool += [pair for pair in read_preferences(settings.replay) if prompt_key(pair.prompt) not in heldout]
-  if not pool:
+
+def _replayed(seen: Sequence[PreferencePair], new: int, share: float, seed: int) -> list[PreferencePair]:
+  """As many of the pairs as make up the replay share; each is used once before any is used twice."""
+  if not seen:
     return []
-  wanted = round(new * settings.replay_share / (1 - settings.replay_share))
-  random = np.random.default_rng(job.seed)
-  order = np.concatenate([random.permutation(len(pool)) for _ in range(-(-wanted // len(pool)))] or [np.zeros(0, int)])
-  return [pool[index] for index in order[:wanted]]
+  wanted, random = round(new * share / (1 - share)), np.random.default_rng(seed)
+  order = np.concatenate([random.permutation(len(seen)) for _ in range(-(-wanted // len(seen)))] or [np.zeros(0, int)])
+  return [seen[index] for index in order[:wanted]]

@@ -97,14 +97,14 @@ class ChecksTeacher(Teacher):
 
   default: Sequence[dict] = ()
 
+  # `checks-` and a digest of the default checks and of the name and source of every check that is registered by now.
+  identity: str = dataclasses.field(init=False)
+
   def __post_init__(self):
     validate(self.default, "the checks teacher's default checks")
-
-  @property
-  def identity(self) -> str:
-    """`checks-` and a digest of the default checks and of the name and source of every registered check."""
     known = sorted((name, entry.source) for name, entry in _REGISTRY.items())
-    return "checks-" + _digest(json.dumps([list(self.default), known], sort_keys=True).encode())
+    digest = _digest(json.dumps([list(self.default), known], sort_keys=True).encode())
+    object.__setattr__(self, "identity", f"checks-{digest}")
 
   def validate_prompts(self, prompts: Iterable[Prompt], source: str = "the prompts") -> None:
     """None if every prompt can be judged, else raises UserError that names the row; to be called up front."""

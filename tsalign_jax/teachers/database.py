@@ -39,7 +39,8 @@ def _write_ahead(connection: sqlite3.Connection) -> None:
       connection.execute("PRAGMA journal_mode = WAL")
       return
     except sqlite3.OperationalError as error:
-      if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > patience:
+      primary = error.sqlite_errorcode & 0xFF  # without what SQLite adds to say why
+      if primary != sqlite3.SQLITE_BUSY or time.monotonic() > patience:
         raise
     time.sleep(0.01)
 

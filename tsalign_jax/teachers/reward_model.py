@@ -46,14 +46,14 @@ class RewardModelTeacher(Teacher):
     content = [RULES, fingerprint(settings.path), settings.max_tokens, settings.dtype, settings.param_dtype]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     self.identity = f"reward_model {settings.path.name} {digest}"
-    self._settings, self._run, self._mesh = settings, run, mesh
+    self._settings, self._run, self._where, self._mesh = settings, run, where, mesh
     self._chat = Chat.load(settings.path) if isinstance(config, DecoderConfig) else None
     self._model: tuple[RewardEngine, dict[str, jax.Array]] | None = None
 
   def validate_prompts(self, prompts: Sequence[Prompt], source: str) -> None:
     """Raises UserError that names the first row which the model's chat template refuses, such as a system turn."""
     if self._chat:
-      self._chat.check(((prompt.id + 1, prompt.messages) for prompt in prompts), source, "teacher")
+      self._chat.check(((prompt.id + 1, prompt.messages) for prompt in prompts), source, self._where)
 
   def judge(self, pairs: Sequence[CandidatePair]) -> list[Judgement]:
     """One judgement for each pair, in order. Evidence: the two scores, their difference, and what was cut."""
