@@ -127,7 +127,7 @@ def test_parameters_that_are_as_they_are_multiplied_are_not_copied(tmp_path, one
 def test_prompts_of_several_widths_in_one_run(llama, one_device):
   """Each width has its own program, and what is sampled does not depend on which one a prompt is in."""
   random = np.random.default_rng(0)
-  lengths = [3, 100, 40, 60, 20, 33, 64, 90]
+  lengths = [3, 150, 40, 60, 20, 33, 64, 90]
   prompts = [(n, random.integers(3, 97, length).tolist()) for n, length in enumerate(lengths)]
   narrow, wide = (SAMPLING.model_copy(update={"batch_prompts": slots, "max_new_tokens": 6}) for slots in (1, 8))
   assert len(set(prompt_widths(lengths, 1).values())) == 3 and len(set(prompt_widths(lengths, 8).values())) == 1
@@ -136,7 +136,7 @@ def test_prompts_of_several_widths_in_one_run(llama, one_device):
   empty = lambda width: widths.append(width) or sampler.empty(width)  # noqa: E731
   ours = dataclasses.replace(sampler, empty=empty).run(llama.load(one_device), prompts, KEY, {4})
   ours = dict(pair for harvest in ours for pair in harvest)
-  assert widths == [128, 64, 32] and ours.keys() == {*range(8)} - {4}
+  assert widths == [160, 64, 32] and ours.keys() == {*range(8)} - {4}
   assert _close(ours, sample(llama, one_device, prompts, wide))
 
 
@@ -198,11 +198,12 @@ def test_different_branches_and_prompts_get_different_responses(llama, one_devic
 
 
 def test_prompts_share_widths_unless_there_are_enough_to_fill_the_slots():
-  assert prompt_widths([10, 20, 40, 50, 100], slots=1) == {10: 32, 20: 32, 40: 64, 50: 64, 100: 128}
-  assert prompt_widths([10, 20, 40, 50, 100], slots=2) == {10: 64, 20: 64, 40: 64, 50: 128, 100: 128}
-  assert prompt_widths([10, 40, 50, 100], slots=2) == {10: 64, 40: 64, 50: 128, 100: 128}
-  assert prompt_widths([10, 40, 40, 100, 110], slots=2) == {10: 64, 40: 64, 100: 128, 110: 128}
-  assert set(prompt_widths([10, 40, 50, 100], slots=8).values()) == {128}
+  assert prompt_widths([10, 20, 40, 50, 130], slots=1) == {10: 32, 20: 32, 40: 64, 50: 64, 130: 160}
+  assert prompt_widths([10, 20, 40, 50, 130], slots=2) == {10: 48, 20: 48, 40: 48, 50: 160, 130: 160}
+  assert prompt_widths([10, 40, 50, 100], slots=2) == {10: 48, 40: 48, 50: 112, 100: 112}
+  assert prompt_widths([10, 40, 40, 100, 110], slots=2) == {10: 48, 40: 48, 100: 112, 110: 112}
+  assert prompt_widths([70, 120], slots=1) == {70: 128, 120: 128}  # less than half, or it is not worth a program
+  assert set(prompt_widths([10, 40, 50, 100], slots=8).values()) == {112}
 
 
 def _close(ours, expected):

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from tsalign_jax.config import Sampling
-from tsalign_jax.data.batching import prompts_only, round_up
+from tsalign_jax.data.batching import bucket, prompts_only, round_up
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.heads import LanguageModel
 from tsalign_jax.models.loading import ModelHandle
@@ -45,7 +45,8 @@ from tsalign_jax.sampling.cache import (
 from tsalign_jax.sampling.draw import BLOCK, draw
 from tsalign_jax.types import Branches, Finish
 
-NARROWEST = 32  # tokens; prompts are padded to it, or to the next power of two, which bounds the number of programs
+NARROWEST = 32  # tokens that prompts are padded to
+STEPS = 8  # of wider ones: see `bucket`
 PART = 32 * BLOCK  # tokens of the vocabulary, of which the logits are computed together where processors have caches
 EMPTY = -1  # the prompt id of a slot that holds none
 
@@ -152,15 +153,15 @@ class Sampler:
 
 
 def prompt_widths(lengths: Sequence[int], slots: int) -> dict[int, int]:
-  """The width that prompts of each length are padded to: powers of two, each for prompts enough to fill the slots.
+  """The width that prompts of each length are padded to: each half of the one before or less, so that they are few.
 
-  From the longest on, a width takes shorter prompts too until they are enough; too few that are left join the last.
-  It is a function of all prompts, so what is left of them is padded as they were.
+  From the longest on, a width takes shorter prompts too until they are enough to fill the slots; too few that are left
+  join the last. It is a function of all prompts, so what is left of them is padded as they were.
   """
   widths, width, count, left = {}, 0, 0, len(lengths)
   for length, prompts in sorted(Counter(lengths).items(), reverse=True):
-    own = max(NARROWEST, 1 << (length - 1).bit_length())
-    if not widths or (own < width and count >= slots and left >= slots):
+    own = max(NARROWEST, bucket(length, STEPS))
+    if not widths or (2 * own <= width and count >= slots and left >= slots):
       width, count = own, 0
     widths[length] = width
     count, left = count + prompts, left - prompts
