@@ -69,7 +69,7 @@ def run_steps(
   """
   with _locked(config.run):
     manifest, mesh = Manifest(config.run), functools.cache(lambda: make_mesh(**config.mesh.model_dump()))
-    _check_config(config, manifest, [_workplaces(config.run, step)[0] for step in steps])
+    _check_config(config, manifest, steps)
     committed = [step for step in steps if step.name in manifest.stages]
     for step in committed:
       manifest.verify(step.name, step.reads)
@@ -201,13 +201,10 @@ def _check_inputs(config: Config) -> Teacher:
   return teacher
 
 
-def _check_config(config: Config | RewardConfig, manifest: Manifest, unfinished: Sequence[Path]) -> None:
-  """The run folder's configuration is this one, but for keys that may change; a folder without work gets this one.
-
-  `unfinished` is where stages keep what they need to resume.
-  """
+def _check_config(config: Config | RewardConfig, manifest: Manifest, steps: Sequence[Step]) -> None:
+  """The run folder's configuration is this one, but for keys that may change; a folder without work gets this one."""
   file = config.run / "config.yaml"
-  if manifest.stages or any(map(_worked, unfinished)):
+  if manifest.stages or any(_worked(_workplaces(config.run, step)[0]) for step in steps):
     before, now = (yaml.safe_load(dump_config(each)) for each in (load_config(file, schema=type(config)), config))
     for key, old, new in changed_keys(before, now):
       if key != "run" and not _may_change(key, old, new, manifest):
@@ -216,8 +213,8 @@ def _check_config(config: Config | RewardConfig, manifest: Manifest, unfinished:
           f"put {old!r} back, or choose another run folder than {config.run}"
         )
   else:
-    for folder in unfinished:
-      shutil.rmtree(folder, ignore_errors=True)
+    for step in steps:
+      _clean(config.run, step)
     (config.run / TEACHER).unlink(missing_ok=True)
   temporary = file.with_name("config.yaml.tmp")
   temporary.write_text(dump_config(config))

@@ -1,6 +1,7 @@
 """Progress of a run in the terminal: one line a stage, with speed and time left while it runs."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 
@@ -13,6 +14,8 @@ SILENCE = 60  # seconds between two lines of a stage where no bar can be drawn
 
 def terminal_progress(console: Console, clock: Callable[[], float] = time.monotonic) -> Callable[[str], Callable]:
   """For each stage, its display: a live bar in a terminal, a line a minute in a log, one closing line everywhere."""
+
+  say = functools.partial(console.print, highlight=False, soft_wrap=True)
 
   def of_stage(stage: str):
     @contextlib.contextmanager
@@ -31,15 +34,12 @@ def terminal_progress(console: Console, clock: Callable[[], float] = time.monoto
           rate = f"{done / max(now - started, 1e-9):.1f} {unit}/s"
           bar.update(task, note=last, rate=rate)
           if not drawn and now - spoken >= SILENCE:
-            console.print(
-              f"  {stage:20} {done:>7.0f} of {total} {unit}  {rate}  {last}", highlight=False, soft_wrap=True
-            )
+            say(f"  {stage:20} {done:>7.0f} of {total} {unit}  {rate}  {last}")
             spoken = now
 
         yield advance
       seconds = clock() - started
-      closing = f"[green]✓[/] {stage:20} {total:>7} {unit:<10} {seconds:7.1f} s  [dim]{last}[/]"
-      console.print(closing, highlight=False, soft_wrap=True)
+      say(f"[green]✓[/] {stage:20} {total:>7} {unit:<10} {seconds:7.1f} s  [dim]{last}[/]")
 
     return display
 
