@@ -21,8 +21,8 @@ OURS = [
   {"microbatch_tokens": 2048, "remat": True},
 ]
 THEIRS = [
-  {"batch": 8, "checkpointing": False},
   {"batch": 4, "checkpointing": False},
+  {"batch": 8, "checkpointing": False},
   {"batch": 16, "checkpointing": False},
   {"batch": 8, "checkpointing": False, "attention": "eager"},
   {"batch": 8, "checkpointing": True},

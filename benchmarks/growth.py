@@ -53,6 +53,8 @@ def main() -> Mapping[str, float]:
   out.add_argument("--largest", type=int, help="leave out values of a sweep beyond this many times its first")
   out.add_argument("--svg", type=Path, help="file to draw the three curves into")
   options = out.parse_args()
+  if options.largest is not None and options.largest < 2:
+    out.error("--largest: at least 2, or there is no growth")
   curves = {name: _sweep(options, name, values) for name, values in SWEEPS.items()}
   print(_markdown(curves, options.new_tokens))
   print_machine()

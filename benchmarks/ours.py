@@ -179,7 +179,7 @@ class Dpo:
 
 
 class Round:
-  """Prompts of a whole round: sampled, scored, paired by score, trained on. The next round goes on from there."""
+  """Prompts of a whole round: sampled, scored, paired by score, trained on. Each round begins with the same policy."""
 
   packages = PACKAGES
 
@@ -201,7 +201,7 @@ class Round:
     packing = self.trainer.pack(pairs)
     reference = self.trainer.reference_logps(self.params, packing)
     trainable, state = wide(self.params), self.trainer.trainer.init(self.params)
-    self.params, *_ = jax.block_until_ready(self.trainer.epoch(trainable, state, packing, reference))
+    jax.block_until_ready(self.trainer.epoch(trainable, state, packing, reference))
     lengths = [len(sampled.tokens) for row in answers for sampled in row]
     return {"units": len(answers), "pairs": len(pairs), "tokens_a_response": float(np.mean(lengths))}
 

@@ -35,7 +35,10 @@ class Contender(Protocol):
   check: dict[str, Any]  # facts about the work, to be compared with the other side's
 
   def run(self, seed: int) -> dict[str, Any]:
-    """Does all the work once; `units` says how much it was, other numbers go into the table."""
+    """Does all the work once; `units` says how much it was, other numbers go into the table.
+
+    Where it compiles for shapes that the warm-up did not meet, the same work is done again, and that is what counts.
+    """
     ...
 
 
@@ -114,13 +117,22 @@ def main() -> None:
   module, _, name = job["program"].partition(":")
   contender = getattr(importlib.import_module(module), name)(job["work"], job["settings"])
   versions = {package: importlib.metadata.version(package) for package in contender.packages}
-  compiling = _compile_seconds()
+  compiled = _compiled_programs()
   reply(check=contender.check, versions=versions)
   for line in sys.stdin:
-    before, start = compiling[0], time.perf_counter()
-    out = contender.run(json.loads(line)["seed"])
-    elapsed, compiled = time.perf_counter() - start, compiling[0] - before
-    reply(seconds=elapsed - compiled, compiling=compiled, peak_gib=peak_bytes() / 2**30, **out)
+    seed, before = json.loads(line)["seed"], len(compiled)
+    seconds, out = _timed(contender, seed)
+    compiling = 0.0
+    if len(compiled) > before:
+      again, out = _timed(contender, seed)
+      seconds, compiling = again, max(0.0, seconds - again)
+    reply(seconds=seconds, compiling=compiling, peak_gib=peak_bytes() / 2**30, **out)
+
+
+def _timed(contender: Contender, seed: int) -> tuple[float, dict[str, Any]]:
+  start = time.perf_counter()
+  out = contender.run(seed)
+  return time.perf_counter() - start, out
 
 
 def peak_bytes() -> int:
@@ -136,17 +148,17 @@ def peak_bytes() -> int:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _compile_seconds() -> list[float]:
-  """A list whose one entry grows by the seconds that XLA compiles: shapes that the warm-up did not meet."""
-  total = [0.0]
+def _compiled_programs() -> list[str]:
+  """A list that grows by an entry with each program that XLA compiles from now on."""
+  programs: list[str] = []
   if "jax" in sys.modules:
 
-    def add(event: str, seconds: float, **_) -> None:
+    def add(event: str, _: float, **about) -> None:
       if event.endswith("backend_compile_duration"):
-        total[0] += seconds
+        programs.append(str(about))
 
     sys.modules["jax"].monitoring.register_event_duration_secs_listener(add)
-  return total
+  return programs
 
 
 if __name__ == "__main__":

@@ -20,6 +20,24 @@ class Counting:
     return {"units": 3, "seed": seed}
 
 
+class Compiling:
+  """Compiles a program for each new seed, and works for a moment besides."""
+
+  packages = ("jax",)
+
+  def __init__(self, work, settings):
+    import jax
+
+    self.check, self.program = {}, jax.jit(lambda x: x + 1)
+
+  def run(self, seed):
+    """One unit, of an array of a length of its own."""
+    import numpy as np
+
+    time.sleep(0.01)
+    return {"units": float(self.program(np.ones(seed)).shape[0])}
+
+
 def _has_torch() -> bool:
   try:
     import torch  # noqa: F401

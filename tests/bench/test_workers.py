@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ COUNTING = "tests.bench.contenders:Counting"
 
 
 def start(folder: Path, **changes) -> Worker:
-  arguments = {"work": {"a": 1}, "settings": {"b": 2}, "python": sys.executable, "hide": (), "log": folder / "log"}
-  return Worker(COUNTING, **(arguments | changes))
+  arguments = {"program": COUNTING, "work": {"a": 1}, "settings": {"b": 2}, "python": sys.executable, "hide": ()}
+  return Worker(**(arguments | changes), log=folder / "log")
 
 
 def state(worker: Worker) -> str:
@@ -34,6 +35,15 @@ def test_a_worker_gets_its_work_and_answers_each_run(tmp_path):
   assert "a library that prints" in (tmp_path / "log").read_text()
 
 
+def test_a_run_that_compiles_is_repeated_and_the_repetition_counts(tmp_path):
+  with start(tmp_path, program="tests.bench.contenders:Compiling") as worker:
+    worker.ready()
+    first, same, other = worker.run(3), worker.run(3), worker.run(4)
+  assert first["compiling"] > 0 and other["compiling"] > 0
+  assert same["compiling"] == 0
+  assert (first["units"], other["units"]) == (3, 4)
+
+
 def test_a_hidden_module_is_as_good_as_not_installed(tmp_path):
   with start(tmp_path, hide=("torch",)) as worker:
     assert worker.ready()["check"]["torch"] is False
@@ -43,8 +53,11 @@ def test_a_hidden_module_is_as_good_as_not_installed(tmp_path):
 def test_a_worker_sleeps_while_it_is_not_its_turn(tmp_path):
   with start(tmp_path) as worker:
     worker.ready()
-    while state(worker) != "T":
-      pass
+    for _ in range(500):
+      if state(worker) == "T":
+        break
+      time.sleep(0.01)
+    assert state(worker) == "T"
     worker.run(1)
   assert worker.process.poll() is not None
 
