@@ -51,6 +51,21 @@ def test_the_fused_path_equals_xla_with_its_gradients(masking, one_device, monke
   jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-5), *results)
 
 
+def test_each_device_gets_the_key_heads_that_its_query_heads_need(one_device, monkeypatch):
+  """Two of keys, which four devices cannot share as they share four of queries."""
+  packed, _ = packed_rows(ragged_items(3, count=30, k=2))
+  monkeypatch.setattr(fused, "IMPLEMENTATION", "xla")
+  monkeypatch.setattr(fused, "applies", lambda *_: True)
+  kernel, heads = jax.nn.dot_product_attention, []
+  monkeypatch.setattr(
+    jax.nn, "dot_product_attention", lambda q, k, v, **how: heads.append(k.shape[2]) or kernel(q, k, v, **how)
+  )
+  meshes = (one_device, make_mesh(data=2, fsdp=1, tensor=4))
+  alone, split = (attention(packed, MASKINGS["plain"], mesh, jnp.float32) for mesh in meshes)
+  assert set(heads) == {2, 4}
+  jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-5), alone, split)
+
+
 @pytest.mark.accelerator
 @pytest.mark.parametrize("masking", MASKINGS.values(), ids=MASKINGS)
 def test_the_kernel_on_a_gpu_equals_xla_to_rounding(masking, monkeypatch):

@@ -123,7 +123,7 @@ def _visible(position, keys: Keys, masking: Masking) -> Bool[Array, "batch k que
 
 
 class TrunkAndBranches:
-  """Attention over a whole `Branches` batch: what scoring and training attend with.
+  """Attention over a whole `Branches` batch: what prompts are read with, and what scoring attends with.
 
   Tokens come as [batch, prompt + k * response], the trunk first; the callers of `attend` never see a mask. `mesh` is
   the one that the program runs on, which decides how: on TPUs by a kernel that needs to know it.
@@ -157,10 +157,10 @@ class TrunkAndBranches:
 
 
 class PackedRows:
-  """Attention over a `Packed` batch: what training attends with.
+  """Attention over a `Packed` batch: what training attends with, and scoring of few responses.
 
-  Queries go in blocks, each with the keys before its end, so that half of what is not causal is not computed. On TPUs
-  a kernel skips all that is not seen, and on NVIDIA GPUs another one keeps no weights.
+  Queries go in blocks, each with the keys before its end, so that next to nothing is computed of what comes later. On
+  TPUs a kernel skips all that is not seen, and on NVIDIA GPUs another one keeps no weights.
   """
 
   def __init__(self, batch: Packed, mesh: Mesh | None = None):
@@ -180,7 +180,7 @@ class PackedRows:
     if (window := masking.window) is not None:
       visible = visible & (self.position[:, :, None] - self.position[:, None] < window)
     if fused.applies(self.mesh, query.dtype, head_dim, masking):
-      return fused.attend_packed(query, key, value, visible, masking.scale), cache
+      return fused.attend_packed(query, key, value, visible, masking.scale, self.mesh), cache
     key, value = lay_out(key, value)
     grouped = heads_first(query.reshape(rows, columns, key.shape[1], -1))
     parts = []

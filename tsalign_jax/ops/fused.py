@@ -1,7 +1,7 @@
 """Attention of packed rows as one fused kernel on NVIDIA GPUs: cuDNN's, which JAX offers.
 
-It never holds the attention weights of a whole row, but it computes those that the mask hides. So trunks with branches,
-whose siblings hide most of each other, stay with XLA, which does not compute them.
+It never holds the attention weights of a row, though it does hold the row's mask, and it computes what the mask hides.
+So trunks with branches, whose siblings hide most of each other, stay with XLA, which does not compute them.
 """
 
 import jax
@@ -10,10 +10,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from tsalign_jax.ops.masking import Masking
-from tsalign_jax.parallel.mesh import is_nvidia
+from tsalign_jax.parallel.mesh import is_nvidia, partition_spec
 
 LONGEST_HEAD = 128  # the limit of GPUs before Hopper
 IMPLEMENTATION = "cudnn"
+AXES = ("batch", None, "heads", None)
+KV_AXES = ("batch", None, "kv_heads", None)
 
 
 def applies(mesh: Mesh | None, dtype, head_dim: int, masking: Masking) -> bool:
@@ -28,8 +30,12 @@ def attend_packed(
   value: Float[Array, "rows columns kv_heads head_dim"],
   visible: Bool[Array, "rows columns columns"],
   scale: float,
+  mesh: Mesh,
 ) -> Float[Array, "rows columns heads head_dim"]:
   """Softmax attention of each token over what is visible to it."""
+  if partition_spec(AXES, query.shape, mesh) != partition_spec(KV_AXES, key.shape, mesh):
+    # Fewer key heads than devices: each device needs its own.
+    key, value = (jnp.repeat(array, query.shape[2] // key.shape[2], axis=2) for array in (key, value))
   return jax.nn.dot_product_attention(
     query, key, value, mask=visible[:, None], scale=scale, implementation=IMPLEMENTATION
   )
