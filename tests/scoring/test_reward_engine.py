@@ -133,9 +133,9 @@ def test_long_conversation_loses_the_start_of_its_prompt_and_is_counted(tmp_path
   tokens = tokenizer.apply_chat_template(whole, return_dict=True)["input_ids"]
   item = engine.encode(prompt, [response])
   assert len(tokens) == 10 and item.prompt + item.responses[0] == tokens[1:] and item.cut == [True]
-  item = engine.encode(prompt, [response, "the"])
-  assert item.cut == [True, True] and item.prompt + item.responses[1] == [*tokens[1:8], tokens[9]]
-  assert engine.encode(prompt, ["the"]).cut == [False]
+  item, short = engine.encode(prompt, [response, "the"]), engine.encode(prompt, ["the"])
+  assert item.cut == [True, False] and short.cut == [False]
+  assert [item.prompt + each for each in item.responses] == [tokens[1:], short.prompt + short.responses[0]]
 
 
 def test_scores_of_a_bfloat16_model_are_not_rounded_to_it(tmp_path, one_device):
@@ -222,6 +222,12 @@ def test_many_responses_of_different_lengths_need_few_programs_and_little_paddin
 
   even = items(lambda: 60)
   assert all(list(responses) == list(range(8)) for _, responses, _ in engine._units(even))
+  found = dict(engine.score(params, even))
+  for n, item in enumerate(even):
+    for k, response in enumerate(item.responses):
+      single = item._replace(responses=[response], cut=[False])
+      alone[n, k] = dict(engine.score(params, [single]))[0][0]
+  np.testing.assert_allclose([found[n] for n in range(12)], alone, atol=TOLERANCE)
 
 
 def test_batches_hold_no_more_tokens_than_they_may(tmp_path, one_device):

@@ -184,18 +184,18 @@ class DecoderEngine(RewardEngine):
     """The templated conversations; over the limit, the prompt loses its start and then a response its end.
 
     Each conversation has the tokens that it would have alone: what all of them begin with, up to where the answer
-    starts, is the trunk.
+    starts, is the trunk. Where one has to be cut, what is left of the prompt differs by response, and all bring their
+    own.
     """
     whole = [self.chat.conversation_tokens([*prompt, {"role": "assistant", "content": text}]) for text in responses]
     end = min(len(self.chat.prompt_tokens(prompt)), min(map(len, whole)) - 1)
     alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*whole, strict=False))
     shared = len(list(itertools.islice(alike, end)))
     trunk, branches = whole[0][:shared], [tokens[shared:] for tokens in whole]
-    longest = max(map(len, branches))
-    kept = trunk[-max(1, self.limit - longest) :]
-    shortened = [branch[: self.limit - len(kept)] for branch in branches]
-    cut = [len(kept) < len(trunk) or len(a) < len(b) for a, b in zip(shortened, branches, strict=True)]
-    return Encoded(kept, shortened, [], cut)
+    cut = [len(trunk) + len(branch) > self.limit for branch in branches]
+    if not any(cut):
+      return Encoded(trunk, branches, [], cut)
+    return Encoded([], [(trunk[-max(1, self.limit - len(row)) :] + row)[: self.limit] for row in branches], [], cut)
 
   def tokens(self, items: Sequence[Encoded], steps: int) -> int:
     """The trunk and all branches."""
@@ -259,6 +259,8 @@ class EncoderEngine(RewardEngine):
     self.tokenizer = load_tokenizer(model.folder)
     self.tokenizer.truncation_side = "left"
     self.specials = self.tokenizer.num_special_tokens_to_add(pair=True)
+    if self.limit <= self.specials:
+      raise UserError(f"{model.folder}: max_tokens = {self.limit} leaves no room beside {self.specials} special tokens")
 
   def encode(self, prompt: Conversation, responses: Sequence[str]) -> Encoded:
     """[CLS] prompt [SEP] response [SEP], or as the family writes it; over the limit, the prompt loses its start."""
@@ -276,9 +278,15 @@ class EncoderEngine(RewardEngine):
 
   def _fit(self, response: str) -> tuple[str, bool]:
     """The response, cut at the end if it leaves no token for the prompt."""
-    room = self.limit - self.specials - 1
-    spans = self.tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return (response, False) if len(spans) <= room else (response[: spans[room - 1][1]], True)
+    room, kept = self.limit - self.specials - 1, response
+    while len(spans := self._spans(kept)) > room:
+      beyond = spans[room][0]  # where the first token begins that has no room; several may be of one character
+      kept = kept[: max((end for _, end in spans if end <= beyond), default=0)]
+    return kept, kept != response
+
+  def _spans(self, text: str) -> list[tuple[int, int]]:
+    """The characters of each token."""
+    return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 
   def tokens(self, items: Sequence[Encoded], steps: int) -> int:
     """A row for each response."""

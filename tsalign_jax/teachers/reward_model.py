@@ -22,7 +22,7 @@ from tsalign_jax.models.config import DecoderConfig
 from tsalign_jax.models.loading import reward_model
 from tsalign_jax.pairing.statistics import sign
 from tsalign_jax.parallel.mesh import make_mesh
-from tsalign_jax.scoring.reward import Encoded, RewardEngine, build_reward_engine, check_reader
+from tsalign_jax.scoring.reward import RewardEngine, build_reward_engine, check_reader
 from tsalign_jax.teachers.base import Teacher, Work
 from tsalign_jax.teachers.store import STORE, Score, ScoreStore
 from tsalign_jax.types import CandidatePair, Conversation, Judgement, Prompt, UserError
@@ -100,14 +100,15 @@ class RewardModelTeacher(Teacher):
     """Scores of responses that are not in the store, all in one go."""
     engine, params = self._loaded()
     started = time.monotonic()
-    rows = [each for row in _rows(asked) for each in _encoded(engine, asked, row)]
-    found = dict(engine.score(params, [item for _, item in rows]))
+    rows = _rows(asked)
+    items = [engine.encode(asked[row[0]][0], [asked[index][1] for index in row]) for row in rows]
+    found = dict(engine.score(params, items))
     taken = time.monotonic() - started
     self._work = Work(self._work.pairs + len(asked) / 2, self._work.seconds + taken)
     seconds = taken / len(asked)
     scores: dict[int, Score] = {}
-    for number, (indices, item) in enumerate(rows):
-      for index, *score in zip(indices, found[number], item.lengths, item.cut, strict=True):
+    for number, (row, item) in enumerate(zip(rows, items, strict=True)):
+      for index, *score in zip(row, found[number], item.lengths, item.cut, strict=True):
         scores[index] = Score(*score, seconds)
     return [scores[index] for index in range(len(asked))]
 
@@ -141,11 +142,3 @@ def _rows(asked: Sequence[Question]) -> list[list[int]]:
       row = indices[start : start + TOGETHER]
       rows.append(row + row[-1:] * (TOGETHER - len(row)))
   return rows
-
-
-def _encoded(engine: RewardEngine, asked: Sequence[Question], row: list[int]) -> list[tuple[list[int], Encoded]]:
-  """The row as tokens; several rows where the prompt is cut, as how much of it is left differs by response."""
-  item = engine.encode(asked[row[0]][0], [asked[index][1] for index in row])
-  if not any(item.cut) or len(set(row)) == 1:
-    return [(row, item)]
-  return [each for index in row for each in _encoded(engine, asked, [index] * TOGETHER)]
