@@ -57,6 +57,17 @@ def test_each_response_token_is_predicted_by_the_token_before_it(items, ways, ro
   assert sorted(found) == list(range(len(items)))
 
 
+def test_more_items_than_are_planned_together_are_laid_out_in_turn(monkeypatch):
+  monkeypatch.setattr("tsalign_jax.data.packing.PLANNED", 5)
+  random = np.random.default_rng(0)
+  items = [Item([1] * random.integers(1, 80), ([2] * random.integers(1, 60),) * 2) for _ in range(23)]
+  packing = Packing(items, len(items), 1024, 1)
+  order = random.permutation(23).tolist()
+  placed = [place[place >= 0].tolist() for _, place in packing.batches(order)]
+  assert sorted(index for batch in placed for index in batch) == list(range(23))
+  assert set(placed[0]) <= set(order[:5])
+
+
 def test_batches_have_room_for_the_response_tokens_that_rows_usually_have():
   random = np.random.default_rng(0)
   items = [Item([1] * 120, ([1] * length, [1])) for length in random.integers(1, 300, 64)]

@@ -1,4 +1,4 @@
-"""Prompts with their responses laid into rows of one length: the batches that the policy is trained on.
+"""Prompts with their responses laid into rows of one length: the batches that models are trained on.
 
 Lengths differ much, in two directions: prompts, and responses. Rows that are filled up with whole items waste a few
 tokens in a hundred, where padding each prompt and each response to one width would waste most of them; and all rows of
@@ -18,9 +18,10 @@ from tsalign_jax.types import Packed
 MULTIPLE = 256  # tokens; rows are as long as a multiple of it, as the kernel's blocks want it
 SMALLEST = 16  # tokens; a row holds as many items as if they were of this size
 ATTENTION = 2048  # tokens of a row at which attention costs as much as all the rest, about
-CALL = 256  # tokens that cost as much as one more batch does, about
+CALL = 256  # tokens; to compute one more batch costs as much as so many more tokens, about
 RELUCTANCE = 1.1  # by how much longer rows must be cheaper: else rounds would change lengths, and compile anew
 SEEN = 512  # items that a layout is chosen by
+PLANNED = 2048  # items that are laid into rows together: of more, each would take longer, and spare no room
 
 
 class Item(NamedTuple):
@@ -90,9 +91,9 @@ def row_cost(tokens: int, length: int) -> float:
 
 def _likely_steps(items: int, at_once: int) -> list[list[int]]:
   """Items that could come together: of epochs in random order, until `SEEN` items have come; or all, if all do."""
-  if items <= at_once:
+  if items <= min(at_once, PLANNED):
     return [list(range(items))]
-  random, steps = np.random.default_rng(0), []
+  random, steps, at_once = np.random.default_rng(0), [], min(at_once, PLANNED)
   while len(steps) * at_once < SEEN:
     order = random.permutation(items)[:SEEN].tolist()
     steps += [order[start : start + at_once] for start in range(0, len(order), at_once)]
@@ -143,6 +144,10 @@ class Packing:
 
   def batches(self, indices: Sequence[int]) -> Iterator[tuple[Packed, Int[np.ndarray, "rows items"]]]:
     """Packed batches that hold these items, and which item is where: -1 where there is none."""
+    for start in range(0, len(indices), PLANNED):
+      yield from self._together(indices[start : start + PLANNED])
+
+  def _together(self, indices: Sequence[int]) -> Iterator[tuple[Packed, Int[np.ndarray, "rows items"]]]:
     rows = assign(self.items, indices, self.layout)
     sizes = [size // self.ways for size in part_sizes(len(rows), self.most, self.ways)]
     loads = [sum(self.items[index].targets for index in row) for row in rows]
