@@ -58,9 +58,12 @@ def exact(logits, sampling: Sampling) -> np.ndarray:
   return probs / probs.sum()
 
 
+OPTIONS = [{}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 20, "min_p": 0.02}, {"top_k": 4, "top_p": 0.8}]
+
+
 @pytest.mark.parametrize("vocab", [5, 256, 700])
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 20, "min_p": 0.02}])
+@pytest.mark.parametrize("options", OPTIONS)
 def test_tokens_come_with_their_probabilities(vocab, apart, options):
   """Chi-square over 20,000 draws; blocks of the two-level sum are full, partial or single, in one part or several."""
   random = np.random.default_rng(0)

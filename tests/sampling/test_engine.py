@@ -17,7 +17,7 @@ from tsalign_jax.models.loading import language_model
 from tsalign_jax.sampling import cache
 from tsalign_jax.sampling.draw import draw
 from tsalign_jax.sampling.engine import branch_keys, build_sampler, prompt_widths
-from tsalign_jax.types import Finish
+from tsalign_jax.types import Finish, UserError
 
 STOP = (2, 5)
 SAMPLING = Sampling(responses=3, max_new_tokens=12, batch_prompts=4, temperature=0.8, top_p=0.95)
@@ -44,7 +44,7 @@ def sample(model, mesh, prompts, sampling=SAMPLING, done=(), stop=STOP):
 def test_sampling_equals_a_loop_over_the_whole_sequence(family, layout, tmp_path, one_device):
   peer = tiny.decoder(family, tmp_path)
   limit = 3 * cache.PHASE
-  setting = SAMPLING.model_copy(update={"lanes": 2, "max_new_tokens": limit})
+  setting = SAMPLING.model_copy(update={"batch_prompts": 1, "lanes": 2, "max_new_tokens": limit})  # one after the other
   ours = sample(handle(tmp_path, layout), one_device, PROMPTS[:2], setting)
   for prompt_id, prompt in PROMPTS[:2]:
     keys = branch_keys(KEY, jnp.asarray([prompt_id]), jnp.arange(3)[None])[0]
@@ -138,6 +138,36 @@ def test_prompts_of_several_widths_in_one_run(llama, one_device):
   ours = dict(pair for harvest in ours for pair in harvest)
   assert widths == [160, 64, 32] and ours.keys() == {*range(8)} - {4}
   assert _close(ours, sample(llama, one_device, prompts, wide))
+
+
+@pytest.mark.parametrize("devices", ["one_device", "eight_devices"])
+def test_prompts_of_known_widths_compile_nothing(devices, llama, request):
+  mesh, random, compiled = request.getfixturevalue(devices), np.random.default_rng(0), []
+  sampler, params = build_sampler(llama, mesh, SAMPLING, STOP), llama.load(mesh)
+
+  def run():
+    prompts = [(n, random.integers(3, 97, length).tolist()) for n, length in enumerate([10] * 9 + [90] * 9)]
+    assert len(list(sampler.run(params, prompts, KEY))) > 3
+
+  def listen(event, seconds, **about):
+    compiled.extend([about] * event.endswith("backend_compile_duration"))
+
+  run()
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    jax.jit(lambda x: x + 1)(np.ones(77)).block_until_ready()
+    heard = len(compiled)
+    run()
+  finally:
+    jax.monitoring.clear_event_listeners()
+  assert heard == 1 == len(compiled)
+
+
+def test_a_model_whose_probabilities_are_no_numbers_is_named(llama, one_device):
+  sampler, params = build_sampler(llama, one_device, SAMPLING, STOP), llama.load(one_device)
+  params = {name: array * jnp.nan if "norm" in name else array for name, array in params.items()}
+  with pytest.raises(UserError, match=r"llama0?: its log-probabilities are not finite"):
+    list(sampler.run(params, PROMPTS, KEY))
 
 
 def test_the_cache_is_handed_on_and_never_copied(llama, one_device):

@@ -8,8 +8,8 @@ multiples of PHASE steps, and the tokens of one step lie in the same column for 
 Only when the phase ends, each lane moves it to where it belongs in a large one, `own`: to the column of a token's
 number in its branch, whatever the other lanes do, so that sums over columns have the same order always. What a lane
 grew before its present branch is masked. Where `own` is in several segments, those of which no branch needs anything
-are not read. So few columns as a phase has cannot be the last axis, which TPUs fill up to 128; the keys of `recent`
-keep head_dim there.
+are not read. TPUs fill the last axis up to 128, too many for the columns of a phase: the keys of `recent` have head_dim
+last.
 """
 
 from typing import NamedTuple

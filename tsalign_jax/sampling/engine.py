@@ -15,6 +15,7 @@ import dataclasses
 import functools
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -43,11 +44,11 @@ from tsalign_jax.sampling.cache import (
   end_phase,
 )
 from tsalign_jax.sampling.draw import BLOCK, draw
-from tsalign_jax.types import Branches, Finish
+from tsalign_jax.types import Branches, Finish, UserError
 
 NARROWEST = 32  # tokens that prompts are padded to
 STEPS = 8  # of wider ones: see `bucket`
-PART = 32 * BLOCK  # tokens of the vocabulary, of which the logits are computed together where processors have caches
+PART = 32 * BLOCK  # tokens of the vocabulary; on CPUs logits are computed for so many at a time, which caches hold
 EMPTY = -1  # the prompt id of a slot that holds none
 
 
@@ -111,6 +112,7 @@ class Sampler:
   admitted: int  # prompts that may move in at once
   harvested: int  # prompts that have to be complete before others move in, while there are so many
   mesh: Mesh
+  source: Path  # of the model, for messages about it
 
   def run(
     self, params: Params, prompts: Prompts, key: Key[Array, ""], done: Collection[int] = ()
@@ -137,6 +139,8 @@ class Sampler:
         yield harvest  # the device goes on while somebody looks at it
       (ready,) = np.nonzero(np.asarray(complete))
       responses = jax.device_get(slots.done)
+      if not np.isfinite(responses.logprob[ready]).all():
+        raise UserError(f"{self.source}: its log-probabilities are not finite; try dtype float32, or another model")
       harvest = [(int(held[slot]), _on_host(responses, slot)) for slot in ready]
       held[ready] = EMPTY
     yield harvest
@@ -183,6 +187,7 @@ def build_sampler(model: ModelHandle, mesh: Mesh, sampling: Sampling, stop_token
     round_up(harvested, batch_ways(mesh)),
     harvested,
     mesh,
+    model.folder,
   )
 
 
