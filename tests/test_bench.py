@@ -11,6 +11,7 @@ from rich.console import Console
 from tsalign_jax import bench
 from tsalign_jax.config import LoRA, Policy, load_config
 from tsalign_jax.data.packing import Item
+from tsalign_jax.models.config import read_config
 from tsalign_jax.models.loading import language_model
 from tsalign_jax.models.lora import trained_part
 from tsalign_jax.training.align import build_reference
@@ -20,9 +21,12 @@ from tsalign_jax.training.align import build_reference
   "overrides", [[], ["mesh.fsdp=8", "sampling_mesh={data: 4, fsdp: 1, tensor: 2}", "align.lora.rank=2"]]
 )
 def test_every_phase_has_a_speed_and_nothing_is_written(overrides, tmp_path):
-  config = load_config(tiny.run_config(tmp_path), overrides)
+  config = load_config(tiny.run_config(tmp_path), [*overrides, "student.dtype=bfloat16"])
   machine, *phases = bench.bench(config, prompts=3, runs=1)
-  assert machine.flops > 1e8 and machine.bandwidth > 1e8
+  assert list(machine.flops) == ["bfloat16", "float32"] and min(machine.flops.values()) > 1e8
+  assert machine.bandwidth > 1e8
+  dtypes = {phase.name: phase.dtype for phase in phases}
+  assert {name for name, dtype in dtypes.items() if dtype == "bfloat16"} == {"score", "distil"}
   counts = {phase.name: (phase.count, phase.unit) for phase in phases}
   k = config.sampling.responses
   assert list(counts) == ["sample", "reference", "align", "score", "distil"]
@@ -35,8 +39,8 @@ def test_every_phase_has_a_speed_and_nothing_is_written(overrides, tmp_path):
 
 
 def test_shares_are_of_what_the_machine_can_do():
-  machine = bench.Machine("a cpu", flops=2e12, bandwidth=1e10)
-  phases = [bench.Phase("align", "pairs", 30, 6000, flops=3e12, moved=5e9, seconds=2.0)]
+  machine = bench.Machine("a cpu", flops={"bfloat16": 2e12, "float32": 1e12}, bandwidth=1e10)
+  phases = [bench.Phase("align", "bfloat16", "pairs", 30, 6000, flops=3e12, moved=5e9, seconds=2.0)]
   console = Console(width=120, file=StringIO(), color_system=None)
   console.print(bench.table(machine, phases))
   row = next(line.split() for line in console.file.getvalue().splitlines() if "align" in line)
@@ -65,6 +69,24 @@ def test_operations_are_those_of_the_compiled_forward_pass(tmp_path, one_device)
   counted = build_reference(model, one_device).lower(params, batch).compile().cost_analysis()["flops"]
   # XLA counts element by element work as well, and attention over the whole row.
   assert 0.5 < bench._flops(model, [item]) / counted < 1
+
+
+def test_keys_beyond_a_window_are_not_counted(tmp_path):
+  """Against a count of every pair of query and key."""
+  item = Item([5] * 10, ([6] * 8, [7] * 4))
+  for family, sides in (("gemma2", False), ("modernbert", True)):
+    tiny.encoder(family, tmp_path / family) if sides else tiny.decoder(family, tmp_path / family)
+    config = read_config(tmp_path / family)
+    assert len(set(config.windows)) == 2
+    for window in set(config.windows):
+      reach = 99 if window is None else window if sides else window - 1
+      counted = sum(
+        (key > query and not sides) + (abs(key - query) > reach) == 0
+        for row, first in (((18, 0), (14, 0)) if sides else ((10, 0), (18, 10), (14, 10)))
+        for query in range(first, row)
+        for key in range(row)
+      )
+      assert bench._seen(config, item, window) == counted
 
 
 def test_decoding_reads_weights_at_each_step_and_keys_once(tmp_path):

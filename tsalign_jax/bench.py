@@ -7,7 +7,8 @@ smaller share of the machine's own best. Programs are compiled before they are t
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -22,7 +23,7 @@ from tsalign_jax.config import Config, LoRA
 from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.files import read_prompts
 from tsalign_jax.data.packing import Item, Packing
-from tsalign_jax.models.config import DecoderConfig
+from tsalign_jax.models.config import DecoderConfig, ModelConfig
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.loading import ModelHandle, language_model, reward_model
 from tsalign_jax.models.lora import TrainedPart, trained_part
@@ -46,7 +47,7 @@ class Machine:
   """What all devices of a mesh do together, measured: operations a second in matrix products, and bytes a second."""
 
   devices: str
-  flops: float
+  flops: dict[str, float]  # by the dtype of the matrices
   bandwidth: float
 
 
@@ -55,6 +56,7 @@ class Phase:
   """One engine's work, in its unit, tokens, floating-point operations, and bytes that have to move; and its time."""
 
   name: str
+  dtype: str
   unit: str
   count: int
   tokens: int
@@ -85,22 +87,21 @@ def bench(config: Config, prompts: int, runs: int) -> Iterator[Machine | Phase]:
   usable = [index for index, row in enumerate(tokens) if len(row) <= config.prompts.max_tokens][:prompts]
   if not usable:
     raise UserError(f"{config.prompts.train}: every prompt is longer than prompts.max_tokens")
-  yield measure(mesh, policy)
+  yield measure(mesh, {policy.dtype_name, student.dtype_name})
   chosen = [(conversations[i], tokens[i]) for i in usable]
   sampled_on = sampling_mesh(config, mesh)
-  params = policy.load(sampled_on)
+  params = policy.for_inference.load(sampled_on)
   sampled, phase = _sample(config, policy, sampled_on, params, chat, chosen, runs)
   yield phase
-  if sampled_on != mesh:
-    del params  # before there is another copy
-    params = policy.load(mesh)
+  del params  # before there is another copy
+  params = policy.load(mesh)
   yield from _align(config, policy, mesh, params, sampled, runs)
   del params
   yield from _student(config, student, mesh, sampled, runs)
 
 
-def measure(mesh: Mesh, model: ModelHandle) -> Machine:
-  """The best of a large matrix product in the model's dtype, and of adding to a large array in place."""
+def measure(mesh: Mesh, dtypes: Collection[str]) -> Machine:
+  """The best of a large matrix product in each of the dtypes, and of adding to a large array in place."""
   device = mesh.devices.flat[0]
   size = MATRIX.get(device.platform, MATRIX["default"])
   length = COPIED.get(device.platform, COPIED["default"])
@@ -110,20 +111,24 @@ def measure(mesh: Mesh, model: ModelHandle) -> Machine:
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
     return jax.jit(lambda: jnp.ones((ways, *shape), dtype), out_shardings=where)()
 
-  matrix, numbers = on_each(size, size, dtype=model.dtype), [on_each(length, dtype=jnp.float32)]
   multiply, add = jax.jit(wide_matmul), jax.jit(lambda numbers: numbers + 1, donate_argnums=0)
-
-  def multiply_often():
-    return [multiply(matrix, matrix) for _ in range(REPEATS)]
+  numbers = [on_each(length, dtype=jnp.float32)]
 
   def add_often():
     for _ in range(REPEATS):
       numbers[0] = add(numbers[0])
     return numbers[0]
 
-  product, copied = (_timed(often, 5, min)[1] / REPEATS for often in (multiply_often, add_often))
+  def best(often: Callable[[], Any]) -> float:
+    return _timed(often, 5, min)[1] / REPEATS
+
+  flops = {}
+  for dtype in sorted(dtypes):
+    matrix = on_each(size, size, dtype=dtype)
+    seconds = best(lambda matrix=matrix: [multiply(matrix, matrix) for _ in range(REPEATS)])
+    flops[dtype] = ways * 2 * size**3 / seconds
   kind = f"{ways} x {device.device_kind}" if ways > 1 else device.device_kind
-  return Machine(kind, ways * 2 * size**3 / product, ways * 2 * length * 4 / copied)
+  return Machine(kind, flops, ways * 2 * length * 4 / best(add_often))
 
 
 def table(machine: Machine, phases: Sequence[Phase]) -> Table:
@@ -135,7 +140,7 @@ def table(machine: Machine, phases: Sequence[Phase]) -> Table:
     speed, tokens = phase.count / phase.seconds, phase.tokens / phase.seconds
     work = [f"{phase.count:,} {phase.unit}", f"{phase.seconds:.2f}", f"{speed:,.{0 if speed >= 100 else 1}f}/s"]
     flops, moved = phase.flops / phase.seconds, phase.moved / phase.seconds
-    shares = _of(flops, machine.flops, 1e12), _of(moved, machine.bandwidth, 1e9)
+    shares = _of(flops, machine.flops[phase.dtype], 1e12), _of(moved, machine.bandwidth, 1e9)
     out.add_row(phase.name, *work, f"{tokens:,.0f}", *shares)
   return out
 
@@ -145,8 +150,9 @@ def _of(rate: float, best: float, unit: float) -> str:
 
 
 def _legend(machine: Machine) -> str:
+  products = " and ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in machine.flops.items())
   return (
-    f"{machine.devices}: {machine.flops / 1e12:.3g} TFLOP/s in a large matrix product, "
+    f"{machine.devices}: {products} in a large matrix product, "
     f"{machine.bandwidth / 1e9:.3g} GB/s to and from memory, both measured here. Tokens are sampled ones, elsewhere "
     "those of prompts and responses. Bytes are those that have to move: weights for each batch, in sampling for each "
     "step with the keys and values that are seen, in training gradients and the optimizer's state as well."
@@ -167,7 +173,7 @@ def _sample(config: Config, model: ModelHandle, mesh: Mesh, params: Params, chat
   texts = [[chat.text(tokens) for tokens in item.responses] for item in items]
   new = sum(item.targets for item in items)
   flops, moved = _flops(model, items), _decoded_bytes(model, items, sampler.slots * sampler.lanes)
-  phase = Phase("sample", "tokens", new, new, flops, moved, seconds)
+  phase = Phase("sample", model.dtype_name, "tokens", new, new, flops, moved, seconds)
   return Sampled([messages for messages, _ in prompts], texts, items), phase
 
 
@@ -186,7 +192,7 @@ def _align(
 
   logps, seconds = _timed(known, runs)
   batches = sum(1 for step in steps for _ in packing.batches(step))
-  work, moved = ("pairs", len(pairs), _tokens(pairs)), batches * _size(params)
+  work, moved = (model.dtype_name, "pairs", len(pairs), _tokens(pairs)), batches * _size(params)
   yield Phase("reference", *work, _flops(model, pairs), moved, seconds)
 
   part = trained_part(model, settings.lora, lambda: params, jax.random.key(0), mesh)
@@ -212,7 +218,8 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
   _, seconds = _timed(lambda: list(engine.score(params, items)), runs)
   responses, alike = sum(len(item.responses) for item in items), _as_items(items)
   moved = engine.count_batches(items) * _size(params)
-  yield Phase("score", "responses", responses, _tokens(alike), _flops(model, alike), moved, seconds)
+  kind = model.dtype_name
+  yield Phase("score", kind, "responses", responses, _tokens(alike), _flops(model, alike), moved, seconds)
   if settings is None:
     return
 
@@ -233,7 +240,7 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
   _, seconds = _timed(epoch, runs)
   alike = _as_items([pair.item for pair in pairs])
   flops = _backward(settings.lora) * _flops(model, alike)
-  yield Phase("distil", "pairs", len(pairs), _tokens(alike), flops, moved, seconds)
+  yield Phase("distil", kind, "pairs", len(pairs), _tokens(alike), flops, moved, seconds)
 
 
 def _backward(lora: LoRA | None) -> int:
@@ -279,15 +286,30 @@ def _flops(model: ModelHandle, items: Sequence[Item]) -> float:
   """
   config, body = model.config, _weights(model)
   heads = config.heads * config.head_dim if isinstance(config, DecoderConfig) else config.embed
-  causal = 2 if isinstance(config, DecoderConfig) else 1
   total = 0.0
   for item in items:
-    prompt, lengths = len(item.prompt), [len(row) for row in item.responses]
-    seen = prompt**2 / causal + sum(length * prompt + length**2 / causal for length in lengths)
-    total += 2 * body * item.tokens + 4 * config.layers * heads * seen
+    seen = sum(count * _seen(config, item, window) for window, count in Counter(config.windows).items())
+    total += 2 * body * item.tokens + 4 * heads * seen
     if isinstance(config, DecoderConfig) and not config.reward_head:
       total += 2 * config.vocab * config.embed * item.targets
   return total
+
+
+def _seen(config: ModelConfig, item: Item, window: int | None) -> float:
+  """Keys that the tokens of an item see, all together, in a layer with this window."""
+  prompt, lengths = len(item.prompt), [len(row) for row in item.responses]
+
+  def both_sides(row: int) -> float:
+    reach = row if window is None else min(row, window)
+    return row * (2 * reach + 1) - reach * (reach + 1)
+
+  def before(position: int) -> float:
+    reach = position if window is None else min(position, window)
+    return reach * (reach + 1) / 2 + (position - reach) * reach
+
+  if not isinstance(config, DecoderConfig):  # each response in a row of its own, with its prompt
+    return sum(both_sides(prompt + length) for length in lengths)
+  return before(prompt) + sum(before(prompt + length) - before(prompt) for length in lengths)
 
 
 def _weights(model: ModelHandle) -> int:
