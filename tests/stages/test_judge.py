@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pytest
 from chat_server import FAULTS, ChatServer
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stages import judging
 from teachers.asked import KEY, endpoint, pairs, rows, truth
+from teachers.asked import pair as pair_of
 
 from tsalign_jax import loop
 from tsalign_jax.config import load_config
@@ -101,18 +103,20 @@ def test_any_schedule_of_faults_leaves_each_pair_true_or_an_error_and_nothing_pa
     assert len(set(paid) & {request.content for request in server.log}) <= late
 
 
-FLAKY = [fault for name in ("429", "garbage", "500", "reset", "empty", "503", "cut") for fault in (name, None, None)]
-
-
-@pytest.mark.parametrize("faults", [[], FLAKY], ids=["well", "flaky"])
+@pytest.mark.parametrize("seed", range(4))
 def test_killed_and_continued_judging_gives_the_same_verdicts_and_pays_for_no_stored_answer_again(
-  faults, server, tmp_path
+  seed, server, tmp_path
 ):
+  """At any point of any schedule of faults: the first has none, in the others they are a third of 60 requests."""
+  random = Random(seed)
+  faults = [random.choice(FAULTS) if random.random() < 1 / 3 else None for _ in range(60 if seed else 0)]
+  point = random.randrange(12, 40)
   asked = pairs(45)
   for name in ("undisturbed", "killed"):
     (tmp_path / name).mkdir()
     judging.write_inputs(tmp_path / name / "inputs", asked)
-    judging.config_file(tmp_path / name, teacher(server, concurrency=3, input_price=1.0, output_price=1.0))
+    limits = {"concurrency": 3, "timeout": 2.0, "reasks": 6, "input_price": 1.0, "output_price": 1.0}
+    judging.config_file(tmp_path / name, teacher(server, **limits))
   judging.run(load_config(tmp_path / "undisturbed" / "config.yaml"))
   questions = len(server.log)
   assert questions == len({request.content for request in server.log}) == 60
@@ -122,19 +126,20 @@ def test_killed_and_continued_judging_gives_the_same_verdicts_and_pays_for_no_st
   command = [sys.executable, judging.__file__, tmp_path / "killed" / "config.yaml"]
   environment = os.environ | {"PYTHONPATH": str(Path(judging.__file__).parents[1]), "JAX_PLATFORMS": "nothing"}
   process = subprocess.Popen(command, env=environment)
-  while len(server.charged) < 30:
+  while len(server.charged) < point:
     assert process.poll() is None
     time.sleep(0.005)
   process.send_signal(signal.SIGKILL)
   process.wait()
   killed = tmp_path / "killed" / "run"
   stored = rows(killed / "verdicts.sqlite", "SELECT count(*) FROM answers")[0][0]
-  assert not (killed / "round_01" / "verdicts.parquet").exists() and 10 <= stored < questions
+  assert not (killed / "round_01" / "verdicts.parquet").exists() and stored < questions
   time.sleep(0.2)  # what was under way arrives
   paid = [request.content for request in server.charged if request.fault is None]
   assert len(server.log) > len(paid) or not faults
   assert len(paid) - stored <= 3 + 1  # a slot may have been taken again before its answer was noted
-  assert {each.outcome: each.requests for each in accounts(killed / "ledger.sqlite")}["answered"] >= stored - 1
+  answered = {each.outcome: each.requests for each in accounts(killed / "ledger.sqlite")}.get("answered", 0)
+  assert answered >= stored - 1
 
   server.reset()
   judging.run(load_config(tmp_path / "killed" / "config.yaml"))
@@ -162,6 +167,32 @@ def test_what_failed_before_a_stop_is_asked_again_when_the_stage_goes_on(server,
   verdicts = read_table(tmp_path / "run/round_01/verdicts.parquet")
   assert [row["verdict"] for row in verdicts] == [truth(each) for each in ASKED]
   assert not stored & {request.content for request in server.log}
+
+
+def test_one_slow_answer_holds_nobody_up(server, tmp_path, monkeypatch):
+  """While one request hangs, whole batches of others go through."""
+  monkeypatch.setattr(judge_stage, "BATCH", 2)
+  asked = [pair_of(1, 2, number) for number in range(20)]
+  judging.write_inputs(tmp_path / "inputs", asked)
+  settings = teacher(server, concurrency=4, timeout=1.0) | {"both_orders": False}
+  server.reset(["hang"])
+  judging.run(load_config(judging.config_file(tmp_path, settings)))
+  hanging = server.log[0].content
+  again = next(index for index, request in enumerate(server.log) if index and request.content == hanging)
+  assert again > 2 * 7
+  verdicts = read_table(tmp_path / "run/round_01/verdicts.parquet")
+  assert [row["verdict"] for row in verdicts] == ["second"] * 20
+
+
+def test_a_teacher_that_fails_with_every_pair_leaves_the_stage_open(server, tmp_path):
+  judging.write_inputs(tmp_path / "inputs", ASKED[1:3])
+  config = load_config(judging.config_file(tmp_path, teacher(server, retries=0, max_failure_rate=1.0)))
+  server.reset(["500"] * 4)
+  with pytest.raises(UserError, match=r"round_01/judge: the teacher failed with every pair \(500: no, 500"):
+    judging.run(config)
+  judging.run(config)
+  found = [row["verdict"] for row in read_table(tmp_path / "run/round_01/verdicts.parquet")]
+  assert found == [truth(each) for each in ASKED[1:3]]
 
 
 def test_key_is_in_no_file_of_a_run(server, tmp_path):

@@ -29,15 +29,18 @@ def test_a_server_that_does_not_say_asks_for_nothing():
   assert retry_after({}, 1000.0) is None
 
 
-def test_waits_double_and_are_shortened_by_up_to_half():
-  for retry in range(1, 8):
-    assert all(0.5 * 2 ** (retry - 1) <= delay(1.0, retry, None, key) <= 2 ** (retry - 1) for key in "abcdef")
-
-
-def test_jitter_parts_requests_and_repeats_itself():
-  waits = [delay(1.0, 1, None, str(key)) for key in range(100)]
-  assert len(set(waits)) == 100 and waits == [delay(1.0, 1, None, str(key)) for key in range(100)]
+def test_waits_double_up_to_the_longest_and_are_shortened_by_up_to_half():
+  for retry in range(1, 12):
+    whole = min(2 ** (retry - 1), 60)
+    assert all(0.5 * whole <= delay(1.0, 60.0, retry, None, key) <= whole for key in "abcdef")
 
 
 def test_server_that_asks_for_a_time_gets_at_least_that():
-  assert all(7.0 < delay(1.0, retry, 7.0, "a") <= 8.0 for retry in range(1, 9))
+  assert all(7.5 <= delay(1.0, 60.0, retry, 7.0, key) <= 8.0 for retry in range(1, 9) for key in "abcdef")
+
+
+@pytest.mark.parametrize("retry", [1, 2, 9])
+@pytest.mark.parametrize("asked", [None, 0.0, 7.0])
+def test_jitter_parts_requests_and_repeats_itself(retry, asked):
+  waits = [delay(1.0, 60.0, retry, asked, str(key)) for key in range(100)]
+  assert len(set(waits)) == 100 and waits == [delay(1.0, 60.0, retry, asked, str(key)) for key in range(100)]

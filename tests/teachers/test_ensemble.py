@@ -33,6 +33,18 @@ class Fixed(Teacher):
     self.open = False
 
 
+class Asked(Fixed):
+  """One whose opinions are not called as it is."""
+
+  def __init__(self, identity, opinions):
+    super().__init__(identity, Judgement(F))
+    self._opinions = opinions
+
+  @property
+  def opinions(self):
+    return self._opinions
+
+
 def test_a_member_may_be_any_teacher():
   checks = ChecksTeacher(default=[{"name": "max_words", "limit": 2}])
   with Ensemble([Fixed("one", Judgement(T)), checks], "mean", "teacher") as teacher:
@@ -108,6 +120,19 @@ def test_evidence_holds_every_member_and_their_agreement():
     "evidence": {"why": 1},
   }
   assert not any(member.open for member in members)
+
+
+def test_members_of_one_opinion_are_refused_whatever_they_are_called():
+  one, two = Fixed("judge", Judgement(F)), Asked("judge one drawn order", {"judge"})
+  with pytest.raises(UserError, match=r"teacher.members: judge is there twice"):
+    Ensemble([one, two], "majority", "teacher")
+
+
+def test_it_waits_for_a_network_where_a_member_does():
+  here, far = Fixed("here", Judgement(F)), Fixed("far", Judgement(F))
+  assert not Ensemble([here, Fixed("there", Judgement(F))], "mean", "teacher").remote
+  far.remote = True
+  assert Ensemble([here, far], "mean", "teacher").remote
 
 
 def test_where_all_fail_nobody_agrees():

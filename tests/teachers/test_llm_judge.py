@@ -127,11 +127,13 @@ def test_server_that_asks_for_more_patience_than_allowed_has_failed(server, tmp_
 
 
 def test_nothing_listens(server, tmp_path):
-  waits = Waits()
-  with judge(server, tmp_path, waits, both_orders=False, on={"base_url": "http://127.0.0.1:9/v1"}) as teacher:
+  waits, on = Waits(), {**PRICES, "base_url": "http://127.0.0.1:9/v1"}
+  with judge(server, tmp_path, waits, both_orders=False, on=on) as teacher:
     judgement = teacher.judge([pair(1, 2)])[0]
-  assert judgement.verdict == Verdict.ERROR and "connection failed" in judgement.evidence["answers"][0]["failure"]
+  assert judgement.verdict == Verdict.ERROR and "no connection" in judgement.evidence["answers"][0]["failure"]
   assert len(waits) == 6
+  found = rows(tmp_path / "ledger.sqlite", "SELECT outcome, count(*), total(cost) FROM attempts GROUP BY 1")
+  assert found == [("unreached", 7, 0.0)]  # whom nobody heard, nobody charges
 
 
 @pytest.mark.parametrize("status", REFUSALS)
@@ -276,10 +278,11 @@ def test_request_whose_cost_is_unknown_counts_at_its_worst(server, tmp_path):
   assert 1.0 < timed_out == dropped == gateway < 3.0
 
 
-def test_answer_without_usage_counts_at_its_worst(server, tmp_path):
-  server.answer = lambda content: completion("A") | {"usage": None}
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": 100}, {"prompt_tokens": 1, "completion_tokens": -1}, 7])
+def test_answer_without_usage_counts_at_its_worst(usage, server, tmp_path):
+  server.answer = lambda content: completion("A") | {"usage": usage}
   with judge(server, tmp_path, both_orders=False, on=PRICES, max_tokens=5) as teacher:
-    teacher.judge([pair(1, 2)])
+    assert teacher.judge([pair(1, 2)])[0].verdict != Verdict.ERROR
   assert rows(tmp_path / "ledger.sqlite", "SELECT cost > 1.0 FROM attempts") == [(1,)]
 
 
@@ -290,6 +293,14 @@ def test_server_that_ignores_the_limit_is_named_where_there_is_a_budget(server, 
   with pytest.raises(UserError, match=message), judge(server, tmp_path, on=on) as teacher:
     teacher.judge([pair(1, 2)])
   assert len(rows(tmp_path / "verdicts.sqlite", "SELECT * FROM answers")) == len(server.charged)
+
+
+def test_server_that_counts_more_input_than_there_is_does_not_blame_the_limit(server, tmp_path):
+  server.answer = lambda content: completion("A") | {"usage": {"prompt_tokens": 99999, "completion_tokens": 1}}
+  message = r"teacher.endpoint.budget: .* used more tokens \(99999 \+ 1\)"
+  on = {**PRICES, "budget": 10.0}
+  with pytest.raises(UserError, match=message), judge(server, tmp_path, on=on) as teacher:
+    teacher.judge([pair(1, 2)])
 
 
 def test_key_must_be_in_the_environment(server, tmp_path, monkeypatch):
@@ -344,6 +355,15 @@ def test_logprobs_of_the_letter_are_enough_where_the_limit_cuts_the_rest(server,
   with judge(server, tmp_path, both_orders=False) as teacher:
     judgement = teacher.judge([pair(2, 1)])[0]
   assert judgement.verdict == Verdict.ERROR and "cut off by max_tokens" in str(judgement.evidence)
+
+
+def test_logprobs_that_nobody_asked_for_and_nobody_can_read_cost_no_answer(server, tmp_path):
+  strange = [None, [], 3, {"content": 3}, {"content": [{"token": "A", "logprob": -0.1, "top_logprobs": None}]}]
+  with judge(server, tmp_path, both_orders=False) as teacher:
+    for number, value in enumerate(strange):
+      server.answer = lambda content, value=value: completion("C", logprobs=value)
+      assert teacher.judge([pair(1, 2, number)])[0].verdict == Verdict.TIE
+  assert len(server.log) == len(strange)
 
 
 @pytest.mark.parametrize("answer", [completion("A"), logprobs("A", X=1.0), logprobs("AB", A=1.0)])

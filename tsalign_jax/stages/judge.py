@@ -1,16 +1,23 @@
 """judge: the teacher's verdict on each candidate pair."""
 
 import json
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
 
 from tsalign_jax.data.tables import VERDICTS, Rows, read_table, to_prompt, write_table
 from tsalign_jax.stages.base import Counts, Job, Pace, gathered, shards
 from tsalign_jax.teachers.base import Work
 from tsalign_jax.teachers.build import build_teacher
 from tsalign_jax.teachers.statistics import Judged, statistics
-from tsalign_jax.types import CandidatePair, Verdict
+from tsalign_jax.types import CandidatePair, UserError, Verdict
 
-BATCH = 64  # pairs; each batch of verdicts is on disk before the next is asked for
+BATCH = 64  # pairs whose verdicts are written together
+IN_FLIGHT = 8  # batches that a teacher behind a network is asked about at once, so that none waits for a slow answer
+
+Submitted = TypeVar("Submitted")
 
 
 def judge(job: Job) -> Counts:
@@ -20,21 +27,47 @@ def judge(job: Job) -> Counts:
   candidates = read_table(job.reads["candidates"], used_only=True)
   groups = [candidates[start : start + BATCH] for start in range(0, len(candidates), BATCH)]
   _forget_failures(job)
-  pace = Pace()
+  pace, missing = Pace(), list(shards(job, len(groups)))
   with build_teacher(job.config) as teacher, job.progress(len(candidates), "pairs") as advance:
-    for index, file in shards(job, len(groups)):
-      pairs = [CandidatePair(prompts[row["prompt_id"]], *_texts(texts, row)) for row in groups[index]]
-      with pace.of(len(pairs)):
-        judged = teacher.judge(pairs)
-      write_table(file, _rows(groups[index], judged), VERDICTS)
-      advance(len(pairs), teacher.note())
+
+    def submitted() -> Iterator[tuple[Rows, Path, Future]]:
+      for index, file in missing:
+        pairs = [CandidatePair(prompts[row["prompt_id"]], *_texts(texts, row)) for row in groups[index]]
+        with pace.of(len(pairs)):
+          future = teacher.submit(pairs)
+        yield groups[index], file, future
+
+    advance(len(candidates) - sum(len(groups[index]) for index, _ in missing), "")
+    for group, file, future in _first_in_first_out(submitted(), IN_FLIGHT if teacher.remote else 1):
+      write_table(file, _rows(group, future.result()), VERDICTS)
+      advance(len(group), teacher.note())
     work = teacher.worked() or Work(pace.done, pace.seconds)
   table = gathered(job)
+  if all(row["verdict"] == Verdict.ERROR for row in table):
+    reason = next(_reasons(json.loads(table[0]["evidence"])), "it does not say why")
+    raise UserError(f"{job.name}: the teacher failed with every pair ({reason}); run the same command to ask again")
   write_table(job.writes["verdicts"], table, VERDICTS)
   judged = [Judged(*_texts(texts, row), Verdict(row["verdict"]), json.loads(row["evidence"])) for row in table]
   verdicts = dict(sorted(Counter(row["verdict"] for row in table).items()))
   shares = statistics(judged).shares()
   return {"teacher": teacher.identity, "verdicts": verdicts, "judging": work._asdict(), **shares}
+
+
+def _first_in_first_out(submitted: Iterator[Submitted], at_once: int) -> Iterator[Submitted]:
+  """The same, while so many are under way."""
+  under_way: deque[Submitted] = deque()
+  for each in submitted:
+    under_way.append(each)
+    if len(under_way) == at_once:
+      yield under_way.popleft()
+  yield from under_way
+
+
+def _reasons(evidence: Any) -> Iterator[str]:
+  """Why questions failed, wherever in a judgement's evidence it stands."""
+  parts = evidence.items() if isinstance(evidence, dict) else enumerate(evidence) if isinstance(evidence, list) else ()
+  for name, part in parts:
+    yield from [part] if name == "failure" else _reasons(part)
 
 
 def _forget_failures(job: Job) -> None:

@@ -45,7 +45,10 @@ def pair(job: Job) -> Counts:
       }
     )
   if not table:
-    raise UserError(f"{job.name}: the teacher decided no pair ({dict(dropped)}); sample more prompts or responses")
+    raise UserError(
+      f"{job.name}: the teacher decided no pair ({dict(dropped)}); begin a run in another folder, with more prompts a "
+      "round or more responses"
+    )
   write_table(job.writes["pairs"], table, PAIRS)
   flips = [row["flipped"] for row in table if row["flipped"] is not None]
   flip_rate = sum(flips) / len(flips) if flips else None

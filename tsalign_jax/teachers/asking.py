@@ -5,7 +5,7 @@ A question goes through
     in the store?  ->  a slot among `concurrency`  ->  room in the budget, at its worst  ->  the request
     ->  readable: into the store, then into the ledger, then to whoever asked
     ->  unreadable: asked again, `reasks` times
-    ->  429, 408, 5xx, time-out, dropped connection: waits and is sent again, `retries` times
+    ->  429, 408, 5xx, time-out, dropped connection, nobody there: waits and is sent again, `retries` times
     ->  any other 4xx, no room in the budget, too many failures: everything stops
 
 When everything stops, requests under way are still waited for, since they are paid for.
@@ -140,16 +140,16 @@ class Asker:
             return self._fail(result.message)
           continue
         retries += 1
-        wait = delay(self._endpoint.backoff, retries, result.wait, key)
+        wait = delay(self._endpoint.backoff, self._endpoint.max_wait, retries, result.wait, key)
         if retries > self._endpoint.retries or (result.wait or 0) > self._endpoint.max_wait:
           return self._fail(result.message)
         if self._stopped:
           raise self._stopped
-        await self._clock.sleep(min(wait, self._endpoint.max_wait))
+        await self._clock.sleep(wait)
 
   async def _attempt(self, key: str, question: Question) -> Answer | Trouble:
     """One request. A readable answer is in the store before the ledger knows what it cost, and only then returned."""
-    worst = worst_cost(question.messages, self._settings.max_tokens, self._endpoint)
+    worst = worst_cost(question.messages, self._settings)
     number = await self._reserve(key, worst)
     reply = await self._send(question)
     if isinstance(reply, Trouble):
@@ -162,9 +162,11 @@ class Asker:
       self._answered += 1
     self._ledger.settle(number, Outcome.ANSWERED if isinstance(answer, Answer) else Outcome.MALFORMED, price)
     if self._endpoint.budget is not None and price.cost > worst:
+      over_limit = price.output_tokens > self._settings.max_tokens
+      field, fix = ("limit_field", "try the other field") if over_limit else ("budget", "set null to go on without one")
       self._stop(
-        f"{self._where}.endpoint.limit_field: {self._endpoint.base_url} used more tokens ({price.input_tokens} + "
-        f"{price.output_tokens}) than the request allowed, so that no budget can be kept; try the other field"
+        f"{self._where}.endpoint.{field}: {self._endpoint.base_url} used more tokens ({price.input_tokens} + "
+        f"{price.output_tokens}) than the request allowed, so that no budget can be kept; {fix}"
       )
     return answer if isinstance(answer, Answer) else Trouble(Outcome.MALFORMED, answer)
 

@@ -20,12 +20,12 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
   return max(0.0, seconds) if seconds == seconds else None  # "nan" is a float, too
 
 
-def delay(base: float, retry: int, asked: float | None, key: str) -> float:
+def delay(base: float, longest: float, retry: int, asked: float | None, key: str) -> float:
   """Seconds before the n-th retry (from 1) of the request `key`: base, twice that, ..., each shortened by up to half.
 
   The jitter is derived from the request, so that requests that failed together come back apart and a run repeats
-  itself. A server that asked for a time gets at least that.
+  itself. A server that asked for a time gets at least that, and the jitter of the first retry on top.
   """
   jitter = Random(derived_seed("backoff", key, retry)).uniform(0.5, 1.0)
-  own = base * 2.0 ** min(retry - 1, 16) * jitter
-  return own if asked is None else asked + min(own, base)
+  own = base if asked is not None else base * 2.0 ** min(retry - 1, 16)
+  return (asked or 0.0) + min(own, longest) * jitter

@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import openai
 import pydantic
@@ -20,6 +20,7 @@ from tsalign_jax.types import UserError
 SECRET_LENGTH = 8  # a shorter key is a word like EMPTY, that a local server wants to see
 LONGEST_MESSAGE = 300
 GATEWAY_TIMED_OUT = (504, 524)  # the server behind it may go on, and charge
+UNCONNECTED = ("ConnectError", "ConnectTimeout", "PoolTimeout")  # of the HTTP library, whichever the client brings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +70,13 @@ class ChatClient:
       # The client's own time-out is for each read, and a server that drips a byte at a time never exceeds it.
       async with asyncio.timeout(self._endpoint.timeout):
         response = await self._client.chat.completions.with_raw_response.create(**body)
-    except (openai.APITimeoutError, TimeoutError):
-      return Trouble(Outcome.TIMED_OUT, f"no complete answer within {self._endpoint.timeout:g} s")
+    except TimeoutError:
+      return self._late()
     except openai.APIConnectionError as error:
+      if type(error.__cause__).__name__ in UNCONNECTED:
+        return Trouble(Outcome.UNREACHED, self._clean(f"no connection ({error.__cause__})"))
+      if isinstance(error, openai.APITimeoutError):
+        return self._late()
       return Trouble(Outcome.DROPPED, self._clean(f"connection failed ({error.__cause__ or error})"))
     except openai.APIStatusError as error:
       return self._status(error)
@@ -86,6 +91,9 @@ class ChatClient:
     if self._client is not None:
       await self._client.close()
       self._client = None
+
+  def _late(self) -> Trouble:
+    return Trouble(Outcome.TIMED_OUT, f"no complete answer within {self._endpoint.timeout:g} s")
 
   def _status(self, error: openai.APIStatusError) -> Trouble:
     message = self._clean(f"{error.status_code}: {_words(error.body)}")
@@ -104,7 +112,7 @@ class ChatClient:
     tokens = None
     if choice.logprobs and choice.logprobs.content:
       tokens = [
-        Token(self._without_key(token.token), [(each.token, each.logprob) for each in token.top_logprobs])
+        Token(self._without_key(token.token), [(each.token, each.logprob) for each in token.top_logprobs or []])
         for token in choice.logprobs.content
       ]
     return Reply(
@@ -149,6 +157,17 @@ def _key(endpoint: Endpoint, where: str) -> str:
   return key
 
 
+def _if_readable(value: Any, read: pydantic.ValidatorFunctionWrapHandler) -> Any:
+  """None for what cannot be read: an answer is not lost because of what stands beside it."""
+  try:
+    return read(value)
+  except pydantic.ValidationError:
+    return None
+
+
+IfReadable = pydantic.WrapValidator(_if_readable)
+
+
 class _Message(pydantic.BaseModel):
   content: str | None = None
 
@@ -159,7 +178,7 @@ class _Alternative(pydantic.BaseModel):
 
 
 class _Token(_Alternative):
-  top_logprobs: list[_Alternative] = []
+  top_logprobs: list[_Alternative] | None = None
 
 
 class _Logprobs(pydantic.BaseModel):
@@ -169,7 +188,7 @@ class _Logprobs(pydantic.BaseModel):
 class _Choice(pydantic.BaseModel):
   message: _Message
   finish_reason: str | None = None
-  logprobs: _Logprobs | None = None
+  logprobs: Annotated[_Logprobs | None, IfReadable] = None
 
 
 class _Usage(pydantic.BaseModel):
@@ -181,5 +200,5 @@ class _Completion(pydantic.BaseModel):
   """What is read of a chat completion; the rest of it is nobody's business here."""
 
   choices: list[_Choice] = pydantic.Field(min_length=1)
-  usage: _Usage | None = None
-  model: str | None = None
+  usage: Annotated[_Usage | None, IfReadable] = None
+  model: Annotated[str | None, IfReadable] = None

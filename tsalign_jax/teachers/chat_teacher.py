@@ -32,9 +32,9 @@ class ChatTeacher(Teacher):
 
   def __init__(self, kind: str, settings: Settings, content: dict[str, Any], run: Path, where: str, clock: Clock):
     """`content` is whatever the answers depend on beyond model and sampling; `where` the key in the configuration."""
-    content |= {"rules": RULES, "model": settings.model, "extra_body": settings.extra_body}
-    content |= {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    names = ("model", "extra_body", "temperature", "max_tokens")
+    depends = {**content, "rules": RULES, **{name: getattr(settings, name) for name in names}}
+    digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
     answerer = f"{kind} {settings.model} {digest}"
     self.identity = answerer if settings.both_orders else f"{answerer} one drawn order"
     self._answerer, self._both_orders = answerer, settings.both_orders

@@ -2,7 +2,7 @@
 
 An abstention is a vote for neither side. A member that failed could have voted anything: the ensemble has a verdict
 only if no vote of the failed members could change it, and is an ERROR otherwise. So a failure never decides a pair,
-and a member that nobody needed costs no pair.
+and no pair is lost to a failure that could not have decided it.
 """
 
 import contextlib
@@ -25,12 +25,18 @@ class Ensemble(Teacher):
 
   def __init__(self, members: Sequence[Teacher], vote: Literal["majority", "mean"], where: str):
     names = [member.identity for member in members]
-    for name in names:
-      if names.count(name) > 1:
-        raise UserError(f"{where}.members: {name} is there twice, and would only repeat itself; remove one")
+    opinions = Counter(opinion for member in members for opinion in member.opinions)
+    for opinion, count in opinions.items():
+      if count > 1:
+        raise UserError(f"{where}.members: {opinion} is there twice, and would only repeat itself; remove one")
     self._members, self._vote = members, majority if vote == "majority" else mean
     digest = hashlib.sha256(json.dumps([vote, names]).encode()).hexdigest()[:16]
     self.identity = f"ensemble {vote} of {len(members)} {digest}"
+
+  @property
+  def remote(self) -> bool:
+    """Whether any member waits for a network."""
+    return any(member.remote for member in self._members)
 
   @property
   def opinions(self) -> Set[str]:

@@ -2,11 +2,12 @@
 
 import asyncio
 import enum
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tsalign_jax.config import Endpoint
+from tsalign_jax.config import ChatTeacher, Endpoint
 from tsalign_jax.teachers.database import open_database, read_database
 from tsalign_jax.teachers.store import Price
 from tsalign_jax.types import Conversation
@@ -37,6 +38,7 @@ class Outcome(enum.StrEnum):
   SERVER_ERROR = "server error"
   TIMED_OUT = "timed out"
   DROPPED = "dropped"
+  UNREACHED = "unreached"  # no connection, so the server never saw it
   REFUSED = "refused"
 
 
@@ -90,10 +92,11 @@ class Ledger:
     self._database.close()
 
 
-def worst_cost(messages: Conversation, max_tokens: int, endpoint: Endpoint) -> float:
+def worst_cost(messages: Conversation, settings: ChatTeacher) -> float:
   """The most that a request can cost: a token holds at least one byte, and a chat template adds some of its own."""
   input_tokens = sum(len(message["content"].encode()) + 16 for message in messages) + 256
-  return cost_of(input_tokens, max_tokens, endpoint)
+  further = len(json.dumps(settings.extra_body).encode()) if settings.extra_body else 0  # it may hold tools or a schema
+  return cost_of(input_tokens + further, settings.max_tokens, settings.endpoint)
 
 
 def cost_of(input_tokens: int, output_tokens: int, endpoint: Endpoint) -> float:

@@ -79,7 +79,10 @@ def read_demonstrations(source: str) -> list[Demonstration]:
 
   Raises UserError that names the row and the fix.
   """
-  return [_demonstration(row, f"{source}: row {index + 1}") for index, row in enumerate(read_rows(source))]
+  found = [_demonstration(row, f"{source}: row {index + 1}") for index, row in enumerate(read_rows(source))]
+  if not found:
+    raise UserError(f"{source}: there is no row in it")
+  return found
 
 
 def _demonstration(row: dict[str, Any], where: str) -> Demonstration:

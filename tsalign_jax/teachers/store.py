@@ -11,7 +11,7 @@ STORE = "verdicts.sqlite"  # in the run folder
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
-  key TEXT PRIMARY KEY,      -- hash of the teacher's identity, the prompt and the responses in their order
+  key TEXT PRIMARY KEY,      -- hash of who answers and of what is asked: template, prompt, responses in order
   teacher TEXT NOT NULL,
   reading TEXT NOT NULL,     -- what the answer was read as: A, B, C or 2 > 1 > 3
   probability REAL,          -- that the first response is better, where log-probabilities were given
