@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import pyarrow.parquet as pq
@@ -18,9 +19,10 @@ import torch
 import transformers
 from rich.console import Console
 
+from tsalign_jax import loop
 from tsalign_jax.config import load_config
 from tsalign_jax.loop import run
-from tsalign_jax.manifest import write_json
+from tsalign_jax.manifest import VERSION, write_json
 from tsalign_jax.progress import terminal_progress
 from tsalign_jax.stages import judge
 from tsalign_jax.teachers import checks
@@ -195,12 +197,56 @@ def test_the_teacher_as_a_further_judge_is_refused_before_anything_happens(tmp_p
   assert not (tmp_path / "run" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize(
+  ("key", "free"),
+  [
+    ("mesh.data", True),
+    ("teacher.endpoint.budget", True),
+    ("teacher.members.0.endpoint.concurrency", True),
+    ("evaluation.judges.gold.endpoint.base_url", True),
+    ("align.remat", True),
+    ("evaluation.judges.mesh.path", False),
+    ("evaluation.judges.lanes.model", False),
+    ("evaluation.judges.remat", False),
+    ("teacher.extra_body.mesh.data", False),
+    ("teacher.extra_body.lanes", False),
+    ("align.beta", False),
+  ],
+)
+def test_what_may_change_when_all_is_judged(key, free):
+  manifest = types.SimpleNamespace(stages={"round_01/evaluate": {}})
+  assert loop._may_change(key, 1, 2, manifest) == free
+
+
+def test_a_judge_whose_files_changed_after_it_judged_is_refused(tmp_path):
+  manifest = tmp_path / "manifest.json"
+  manifest.write_text(json.dumps({"version": VERSION, "stages": {}}))
+  teacher, gold, other = (types.SimpleNamespace(identity=name) for name in ("teacher 1", "gold 1", "gold 2"))
+  loop._check_teachers(tmp_path, teacher, {"gold": gold})
+  loop._check_teachers(tmp_path, teacher, {"gold": other})  # it has not judged yet
+  manifest.write_text(json.dumps({"version": VERSION, "stages": {"round_01/evaluate": {}}}))
+  with pytest.raises(UserError, match=r"evaluation.judges.gold: this run began with 'gold 2', which now is 'gold 1'"):
+    loop._check_teachers(tmp_path, teacher, {"gold": gold})
+  with pytest.raises(UserError, match=r"teacher: this run began with 'teacher 1', which now is 'gold 2'"):
+    loop._check_teachers(tmp_path, other, {"gold": other})
+
+
 def test_a_member_of_the_teacher_as_a_further_judge_is_refused(tmp_path):
   members = [{"kind": "checks"}, {"kind": "checks", "default": [{"name": "max_words", "limit": 9}]}]
   teacher = {"kind": "ensemble", "members": members}
   config = tiny.run_config(tmp_path, teacher=teacher, evaluation={"judges": {"gold": {}}})
   with pytest.raises(UserError, match=r"evaluation.judges.gold: this is the teacher again, or a member of it"):
     run(load_config(config), QUIET)
+
+
+def test_prompts_that_the_policy_cannot_read_are_named_before_anything_happens(tmp_path):
+  config = tiny.run_config(tmp_path)
+  refusing = "{% if 'unheard' in messages[0].content %}{{ raise_exception('too cold') }}{% endif %}"
+  tiny.tokenizer(tmp_path / "policy", template=refusing + tiny.TEMPLATE)
+  (tmp_path / "heldout.jsonl").write_text('{"prompt": "tell of rain"}\n{"prompt": "tell of the unheard"}\n')
+  with pytest.raises(UserError, match=r"heldout.jsonl: row 2, read by the policy: .*'tell of the unheard': too cold"):
+    run(load_config(config), QUIET)
+  assert not (tmp_path / "run").exists()
 
 
 def test_prompts_that_the_student_cannot_read_are_named_before_anything_happens(tmp_path):

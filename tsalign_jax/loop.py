@@ -31,7 +31,7 @@ from tsalign_jax.teachers.build import build_judges, build_teacher
 from tsalign_jax.types import UserError
 
 INPUTS = "inputs.json"  # of a stage that is half done
-TEACHER = "teacher.json"
+TEACHERS = "teachers.json"  # whose verdicts a run holds
 GROWING = {"rounds"}  # keys that may grow between two runs on one folder
 # What may change, as results depend on it by rounding at most: so a run that does not fit can be made to.
 FREE_SECTIONS = {"endpoint", "mesh", "sampling_mesh"}
@@ -45,14 +45,14 @@ def run(config: Config, progress_of: Callable[[str], Progress]) -> None:
   `progress_of(stage)` gives a stage its progress display. Raises UserError for wrong input before any device work,
   and for a run folder that holds another configuration or damaged files.
   """
-  teacher = _check_inputs(config)
+  teacher, judges = _check_inputs(config)
 
   def done(step: Step, manifest: Manifest) -> None:
     if step.stage_name == "evaluate":
       write_metrics(config.run, manifest, step.folder)
       write_report(config.run)
 
-  run_steps(config, list(ts_align(config)), progress_of, lambda: _check_teacher(config.run, teacher), done)
+  run_steps(config, list(ts_align(config)), progress_of, lambda: _check_teachers(config.run, teacher, judges), done)
 
 
 def run_steps(
@@ -161,10 +161,13 @@ def _check_same_inputs(step: Step, partial: Path, reads: dict[str, str]) -> None
   write_json(file, reads)
 
 
-def _check_inputs(config: Config) -> Teacher:
-  """The teacher. Raises whatever is wrong with it, models or files, before a device is touched or a file written."""
+def _check_inputs(config: Config) -> tuple[Teacher, dict[str, Teacher]]:
+  """The teacher, and further judges by name.
+
+  Raises whatever is wrong with them, models or files, before a device is touched or a file written.
+  """
   policy, student = policy_config(config.policy), check_reader(config.student.path)
-  Chat.load(config.policy.path)
+  chat = Chat.load(config.policy.path)
   WeightFiles(config.policy.path)
   check_targets(config.align.lora, policy, "align")
   if config.distil:
@@ -186,6 +189,7 @@ def _check_inputs(config: Config) -> Teacher:
   read_by_student = {}
   for source, readers in ((config.prompts.train, [teacher]), (config.prompts.heldout, [teacher, *judges.values()])):
     prompts = read_prompts(source)
+    chat.check(((prompt.id + 1, prompt.messages) for prompt in prompts), source, "the policy")
     for reader in readers:
       reader.validate_prompts(prompts, source)
     read_by_student[source] = [prompt.messages for prompt in prompts]
@@ -195,10 +199,10 @@ def _check_inputs(config: Config) -> Teacher:
       raise UserError(f"distil.replay: every prompt of {config.distil.replay} is held out; name another file")
     read_by_student[config.distil.replay] = replayed
   if isinstance(student, DecoderConfig):
-    chat = Chat.load(config.student.path)
+    reader = Chat.load(config.student.path)
     for source, conversations in read_by_student.items():
-      chat.check(enumerate(conversations, 1), source, "the student")
-  return teacher
+      reader.check(enumerate(conversations, 1), source, "the student")
+  return teacher, judges
 
 
 def _check_config(config: Config | RewardConfig, manifest: Manifest, steps: Sequence[Step]) -> None:
@@ -215,29 +219,34 @@ def _check_config(config: Config | RewardConfig, manifest: Manifest, steps: Sequ
   else:
     for step in steps:
       _clean(config.run, step)
-    (config.run / TEACHER).unlink(missing_ok=True)
+    (config.run / TEACHERS).unlink(missing_ok=True)
   temporary = file.with_name("config.yaml.tmp")
   temporary.write_text(dump_config(config))
   temporary.replace(file)
 
 
 def _may_change(key: str, old: Any, new: Any, manifest: Manifest) -> bool:
-  *sections, last = key.split(".")
-  if last in FREE or not FREE_SECTIONS.isdisjoint(sections) or (key in GROWING and new >= old):
+  judge = key.startswith(JUDGES)
+  *sections, last = key.split(".")[3 if judge else 0 :] or [JUDGES]  # without the name that a judge was given
+  if "extra_body" not in sections and (last in FREE or not FREE_SECTIONS.isdisjoint(sections)):
     return True
-  return key.startswith(JUDGES) and not any(name.endswith("/evaluate") for name in manifest.stages)
+  if key in GROWING and new >= old:
+    return True
+  return judge and not any(name.endswith("/evaluate") for name in manifest.stages)
 
 
-def _check_teacher(run: Path, teacher: Teacher) -> None:
-  """The run's teacher is still the one it began with: it also depends on plugins, templates and our own code."""
-  file = run / TEACHER
-  before = json.loads(file.read_text())["identity"] if file.exists() else teacher.identity
-  if before != teacher.identity:
-    raise UserError(
-      f"teacher: this run began with {before!r}, which now is {teacher.identity!r}; put back the plugin, template or "
-      f"version of tsalign_jax that changed, or choose another run folder than {run}"
-    )
-  write_json(file, {"identity": before})
+def _check_teachers(run: Path, teacher: Teacher, judges: Mapping[str, Teacher]) -> None:
+  """Teacher and judges are still those that the run began with: they also depend on plugins, templates and our code."""
+  file = run / TEACHERS
+  now = {"teacher": teacher.identity} | {f"{JUDGES}.{name}": judge.identity for name, judge in judges.items()}
+  before = json.loads(file.read_text()) if file.exists() else now
+  for key in now if rounds_done(run) else ["teacher"]:
+    if before[key] != now[key]:
+      raise UserError(
+        f"{key}: this run began with {before[key]!r}, which now is {now[key]!r}; put back the plugin, template or "
+        f"version of tsalign_jax that changed, or choose another run folder than {run}"
+      )
+  write_json(file, now)
 
 
 @contextlib.contextmanager

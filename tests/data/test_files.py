@@ -19,6 +19,13 @@ def jsonl(tmp_path, *rows) -> str:
   return str(file)
 
 
+def test_half_a_character_is_named_by_its_line(tmp_path):
+  file = tmp_path / "prompts.jsonl"
+  file.write_text('{"prompt": "a whole one: \\ud83d\\ude00"}\n{"prompt": "half of it: \\ud83d"}\n')
+  with pytest.raises(UserError, match=r"prompts.jsonl: line 2 holds half a character"):
+    read_prompts(str(file))
+
+
 def test_text_and_messages_are_the_same_prompt(tmp_path):
   first, second = read_prompts(jsonl(tmp_path, {"prompt": "hi"}, {"prompt": USER}))
   assert first.messages == second.messages == USER

@@ -62,7 +62,7 @@ def test_counts_and_shares_of_every_stage(run):
 
 
 def test_teacher_is_named_and_members_have_their_own_lines(run):
-  (run / "teacher.json").write_text(json.dumps({"identity": "ensemble [x]"}))
+  (run / "teachers.json").write_text(json.dumps({"teacher": "ensemble [x]"}))
   members = [{"teacher": f"judge [{n}]", "verdict": v, "evidence": {}} for n, v in enumerate(["first", "second"])]
   rows = [verdict(1, "inconsistent", agreement=0.0, members=members)]
   write_table(run / "round_01" / "verdicts.parquet", rows, VERDICTS)

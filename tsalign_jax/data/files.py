@@ -185,6 +185,8 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         row = json.loads(line)
       except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {number} is not valid JSON ({error.msg} at column {error.colno})") from error
+      if "\\u" in line and any("\ud800" <= character <= "\udfff" for character in json.dumps(row, ensure_ascii=False)):
+        raise UserError(f"{path}: line {number} holds half a character (\\ud800 to \\udfff alone); remove it")
       if not isinstance(row, dict):
         raise UserError(f"{path}: line {number} is a {type(row).__name__}, not an object with keys")
       yield row

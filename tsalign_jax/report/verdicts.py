@@ -82,8 +82,8 @@ def _of_row(row: dict, first: str, second: str) -> Judged:
 
 
 def _teacher(run: Path) -> str:
-  file = run / "teacher.json"
-  return json.loads(file.read_text())["identity"] if file.is_file() else "the teacher"
+  file = run / "teachers.json"
+  return json.loads(file.read_text())["teacher"] if file.is_file() else "the teacher"
 
 
 def _shared_stores(run: Path) -> list[Path]:

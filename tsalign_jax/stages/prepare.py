@@ -11,6 +11,8 @@ from tsalign_jax.stages.base import Counts, Job
 from tsalign_jax.teachers.build import build_teacher
 from tsalign_jax.types import Prompt, UserError
 
+SPARED = "beyond prompts.heldout_limit"  # not measured on, and not learned from
+
 
 def prepare(job: Job) -> Counts:
   """Writes the training and the held-out prompts; what cannot be used stays in the table with the reason."""
@@ -27,10 +29,11 @@ def prepare(job: Job) -> Counts:
     if not usable:
       raise UserError(f"{source}: every prompt is longer than prompts.max_tokens = {limit}, or held out")
     if split == "heldout":
-      usable = evenly(usable, job.config.prompts.heldout_limit or len(usable))
       held_out = {prompt_key(prompt.messages) for prompt in prompts}
-    dropped = [row for row in rows if row["dropped"]]
-    write_table(job.writes[split], sorted([*usable, *dropped], key=lambda row: row["prompt_id"]), PROMPTS)
+      usable = evenly(usable, job.config.prompts.heldout_limit or len(usable))
+      measured = {row["prompt_id"] for row in usable}
+      rows = [row if row["dropped"] or row["prompt_id"] in measured else row | {"dropped": SPARED} for row in rows]
+    write_table(job.writes[split], rows, PROMPTS)
     warm = job.config.student.warm_start
     if split == "train" and warm and warm.prompts >= len(usable):
       raise UserError(
@@ -38,7 +41,7 @@ def prepare(job: Job) -> Counts:
         "prompts; give more prompts, or take fewer"
       )
     counts[f"{split}_prompts"] = len(usable)
-    counts[f"{split}_dropped"] = Counter(row["dropped"] for row in dropped)
+    counts[f"{split}_dropped"] = Counter(row["dropped"] for row in rows if row["dropped"])
   return counts
 
 
