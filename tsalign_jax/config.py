@@ -163,6 +163,12 @@ class RewardModelTeacher(RewardModel):
   store: Path | None = None
   """SQLite file of scores, to share between runs; null keeps them in the run folder."""
 
+  @model_validator(mode="after")
+  def _is_not_trained(self):
+    if self.remat:
+      raise ValueError("remat is for models that are trained, which a teacher is not; drop it")
+    return self
+
   def sources(self) -> list[str | Path]:
     """What the verdicts depend on: the model's folder."""
     return [self.path]
@@ -184,11 +190,11 @@ class Endpoint(Section):
   timeout: Positive = 120.0
   """Seconds in which an answer must be complete."""
   retries: Annotated[int, Field(ge=0)] = 6
-  """Times a question is sent again after a 429, 408 or 5xx, a time-out or a dropped connection."""
+  """Times a question is sent again after a 429, 408 or 5xx, a time-out, or a connection that fails or breaks."""
   backoff: Positive = 1.0
   """Seconds before the first of these; they double each time, less a derived jitter of up to half."""
   max_wait: Positive = 60.0
-  """Longest wait in seconds; a question for which the server (Retry-After) asks for more has failed."""
+  """Longest wait in seconds; a question for which the server asks for more (Retry-After) has failed."""
   reasks: Annotated[int, Field(ge=0)] = 2
   """Times a question is asked again when its answer cannot be read."""
   max_failure_rate: Share = 0.05
@@ -240,6 +246,8 @@ class ChatTeacher(Section):
     for field in ("model", "messages", "temperature", "max_tokens", "max_completion_tokens", "n", "stream"):
       if field in self.extra_body:
         raise ValueError(f"extra_body must not hold {field!r}, which is set elsewhere or would break the accounting")
+    if secrets := [name for name in self.extra_body if re.fullmatch("(?i).*(api_?key|secret|authorization).*", name)]:
+      raise ValueError(f"extra_body must not hold {secrets[0]!r}: a key belongs in an environment variable")
     return self
 
 
@@ -361,6 +369,12 @@ class RewardTraining(Optimizer):
   """Weight of the squared sum of a pair's scores, which keeps their mean near 0; 0.01 is usual."""
   lora: LoRA | None = None
   """Train adapters and the reward head instead of all weights."""
+
+  @model_validator(mode="after")
+  def _margin_of_the_hinge(self):
+    if self.loss == "bradley_terry" and self.margin != type(self).model_fields["margin"].default:
+      raise ValueError("margin is for loss margin, and bradley_terry takes none but the pairs'; drop it, or set loss")
+    return self
 
 
 class Distil(RewardTraining):
