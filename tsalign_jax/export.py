@@ -26,6 +26,8 @@ def export_model(run: Path, out: Path, *, round: int | None, student: bool, dtyp
   if number not in finished:
     raise UserError(f"{run}: round {number} is not finished; finished rounds: {finished or 'none'}")
   config = load_config(run / "config.yaml")
+  if student and config.distil is None:
+    raise UserError(f"{run}: its student was not trained (distil is null); it still is that in {config.student.path}")
   model = reward_model(config.student) if student else language_model(config.policy)
   # All devices of this machine, which need not be the one that the run was made on.
   params = model.restore(run / round_name(number) / ("student" if student else "policy"), make_mesh())

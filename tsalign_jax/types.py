@@ -131,7 +131,7 @@ class Branches:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-  """Rows of prompts with K responses each, one after the other: what the policy is trained on.
+  """Rows of prompts with K responses each, one after the other: what models are trained on.
 
       tokens     7 8 9 4 5 6 4 2   3 3 5 1 _ _     a trunk of 3 with branches of 3 and 2; one of 2 with two of 1
       item       1 1 1 1 1 1 1 1   2 2 2 2 0 0     0: nothing

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from traffic import Program
 
 from tsalign_jax.config import Align, Sampling, Student
-from tsalign_jax.data.packing import Layout, pack
+from tsalign_jax.data.packing import SMALLEST, Layout, pack
 from tsalign_jax.models.config import read_config
 from tsalign_jax.models.loading import ModelHandle
 from tsalign_jax.parallel.mesh import batch_ways, replicated, sharding
@@ -33,7 +33,7 @@ from tsalign_jax.types import Branches, Packed
 SAMPLING_MESH = {"v5e:4x4": {"data": 2, "fsdp": 1, "tensor": 8}, "v5p:2x2x4": {"data": 16, "fsdp": 1}}
 PROMPTS, PROMPT, RESPONSE = 16, 512, 512
 ROWS = 16  # of a microbatch of pairs
-LAYOUT = Layout(length=3072, targets=2048, usual_targets=2048, items=8, k=2)
+LAYOUT = Layout(length=3072, targets=2048, usual_targets=2048, items=3072 // SMALLEST, k=2)
 SAMPLING = Sampling(responses=8, max_new_tokens=RESPONSE, batch_prompts=PROMPTS)
 
 

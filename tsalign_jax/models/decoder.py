@@ -19,7 +19,7 @@ Layout = Literal["stacked", "unrolled"]
 
 
 class Attend(Protocol):
-  """How queries meet keys: over a whole `Branches` batch, or against a cache that one decoding step extends."""
+  """How queries meet keys: over a `Branches` or `Packed` batch, or against a cache that one decoding step extends."""
 
   positions: int  # no token's position reaches it
 

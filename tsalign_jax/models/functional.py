@@ -3,7 +3,7 @@
 The flat dict is what optimizers, checkpoints, shardings and weight files all speak:
 
     skeleton = Skeleton.of(lambda rngs: LanguageModel(config, rngs))
-    skeleton.specs["model.layers.0.mlp.up_proj.kernel"]   # shape, dtype, logical axes
+    skeleton.specs["model.layers.0.mlp.up_proj.kernel"]   # shape, logical axes
     skeleton.bind(params).model(tokens, ...)              # inside a jitted program
 """
 

@@ -10,7 +10,7 @@ from tsalign_jax.stages.base import Stage
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """One stage of a run: its name, function, inputs (run-relative where inside) and outputs in its folder.
+  """One stage of a run: its name, function, inputs, and outputs in its folder.
 
   What comes before the slash of its name is the folder in the run folder: "round_01/sample". Without one, it is the
   run folder itself.

@@ -13,8 +13,9 @@ from tsalign_jax.types import Rollout, UserError
 def sample(job: Job) -> Counts:
   """Writes `responses`. Prompts are saved as they are completed, so a restart samples only what is missing.
 
-  Options: `sampling`, and `start` and `count` for a slice of the prompts in the run's shuffled order (all of them
-  in file order without). With `mining`, the options of the stage `mine`, a teacher behind a network judges ahead.
+  Options: `sampling`, and `start` and `count` for a slice of the prompts in the run's shuffled order, behind the first
+  `reserved` of it (all of them in file order without). With `mining`, the options of the stage `mine`, a teacher behind
+  a network judges ahead.
   """
   sampling: Sampling = job.options["sampling"]
   prompts = {row["prompt_id"]: row for row in select(job)}
