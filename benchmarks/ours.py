@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tsalign_jax import config
@@ -200,7 +201,8 @@ class Round:
     pairs = self._pairs(answers, texts, self.scorer(self.scorer.encode(self.messages, texts)))
     packing = self.trainer.pack(pairs)
     reference = self.trainer.reference_logps(self.params, packing)
-    trainable, state = wide(self.params), self.trainer.trainer.init(self.params)
+    trainable = {name: jnp.copy(array) for name, array in wide(self.params).items()}  # as training takes what it gets
+    state = self.trainer.trainer.init(trainable)
     jax.block_until_ready(self.trainer.epoch(trainable, state, packing, reference))
     lengths = [len(sampled.tokens) for row in answers for sampled in row]
     return {"units": len(answers), "pairs": len(pairs), "tokens_a_response": float(np.mean(lengths))}
