@@ -11,13 +11,14 @@ class Counting:
   def __init__(self, work, settings):
     if settings.get("broken"):
       raise ValueError("no such batch size")
-    self.check = {"work": work, "settings": settings, "torch": _has_torch()}
+    self.check, self.runs = {"work": work, "settings": settings, "torch": _has_torch()}, 0
     print("a library that prints")
 
   def run(self, seed):
     """One unit for each of the work."""
     time.sleep(0.01)
-    return {"units": 3, "seed": seed}
+    self.runs += 1
+    return {"units": 3, "seed": seed, "runs": self.runs}
 
 
 class Compiling:
