@@ -43,7 +43,7 @@ def judge(job: Job) -> Counts:
       advance(len(group), teacher.note())
     work = teacher.worked() or Work(pace.done, pace.seconds)
   table = gathered(job)
-  if all(row["verdict"] == Verdict.ERROR for row in table):
+  if table and all(row["verdict"] == Verdict.ERROR for row in table):
     reason = next(_reasons(json.loads(table[0]["evidence"])), "it does not say why")
     raise UserError(f"{job.name}: the teacher failed with every pair ({reason}); run the same command to ask again")
   write_table(job.writes["verdicts"], table, VERDICTS)
