@@ -155,7 +155,7 @@ def _compiled_programs() -> list[str]:
 
     def add(event: str, _: float, **about) -> None:
       if event.endswith("backend_compile_duration"):
-        programs.append(str(about))
+        programs.append(event)
 
     sys.modules["jax"].monitoring.register_event_duration_secs_listener(add)
   return programs

@@ -1,5 +1,6 @@
 """The device mesh, and the one table that says along which mesh axes each logical axis is split."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -81,13 +82,14 @@ def put_batch(batch, mesh: Mesh):
   return jax.tree.map(put, batch)
 
 
-def one_behind(launched: Iterable[Launched]) -> Iterator[Launched]:
-  """The same items, each once the next has been launched: so the device computes while the host reads and packs."""
-  last = []
+def pipelined(launched: Iterable[Launched], depth: int = 2) -> Iterator[Launched]:
+  """The same items, each once `depth` are launched: so a device or server works while the host goes on."""
+  under_way: deque[Launched] = deque()
   for item in launched:
-    yield from last
-    last = [item]
-  yield from last
+    under_way.append(item)
+    if len(under_way) == depth:
+      yield under_way.popleft()
+  yield from under_way
 
 
 def constrain(array: jax.Array, axes: Sequence[str | None], mesh: Mesh) -> jax.Array:

@@ -21,7 +21,7 @@ from tsalign_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig,
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.hf import WeightFiles
 from tsalign_jax.models.loading import ModelHandle
-from tsalign_jax.parallel.mesh import batch_ways, one_behind, put_batch
+from tsalign_jax.parallel.mesh import batch_ways, pipelined, put_batch
 from tsalign_jax.types import Branches, Conversation, Packed, UserError
 
 FEW = 4  # responses to a prompt that go into packed rows, where the model is a decoder
@@ -120,7 +120,7 @@ class RewardEngine(abc.ABC):
     found: dict[int, dict[int, float]] = {}
     batches = self._batches([unit for *_, unit in units])
     launched = ((place, self.program(params, put_batch(batch, self.mesh))) for batch, place in batches)
-    for place, scores in one_behind(launched):
+    for place, scores in pipelined(launched):
       if not np.isfinite(scores := np.asarray(scores)).all():
         raise UserError(f"{self.model.folder}: its scores are not finite; use dtype float32, or retrain it")
       for where in np.argwhere(place >= 0):

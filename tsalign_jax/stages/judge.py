@@ -1,13 +1,14 @@
 """judge: the teacher's verdict on each candidate pair."""
 
 import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tsalign_jax.data.tables import VERDICTS, Rows, read_table, to_prompt, write_table
+from tsalign_jax.parallel.mesh import pipelined
 from tsalign_jax.stages.base import Counts, Job, Pace, gathered, shards
 from tsalign_jax.teachers.base import Work
 from tsalign_jax.teachers.build import build_teacher
@@ -16,8 +17,6 @@ from tsalign_jax.types import CandidatePair, UserError, Verdict
 
 BATCH = 64  # pairs whose verdicts are written together
 IN_FLIGHT = 8  # batches that a teacher behind a network is asked about at once, so that none waits for a slow answer
-
-Submitted = TypeVar("Submitted")
 
 
 def judge(job: Job) -> Counts:
@@ -38,7 +37,7 @@ def judge(job: Job) -> Counts:
         yield groups[index], file, future
 
     advance(len(candidates) - sum(len(groups[index]) for index, _ in missing), "")
-    for group, file, future in _first_in_first_out(submitted(), IN_FLIGHT if teacher.remote else 1):
+    for group, file, future in pipelined(submitted(), IN_FLIGHT if teacher.remote else 1):
       write_table(file, _rows(group, future.result()), VERDICTS)
       advance(len(group), teacher.note())
     work = teacher.worked() or Work(pace.done, pace.seconds)
@@ -51,16 +50,6 @@ def judge(job: Job) -> Counts:
   verdicts = dict(sorted(Counter(row["verdict"] for row in table).items()))
   shares = statistics(judged).shares()
   return {"teacher": teacher.identity, "verdicts": verdicts, "judging": work._asdict(), **shares}
-
-
-def _first_in_first_out(submitted: Iterator[Submitted], at_once: int) -> Iterator[Submitted]:
-  """The same, while so many are under way."""
-  under_way: deque[Submitted] = deque()
-  for each in submitted:
-    under_way.append(each)
-    if len(under_way) == at_once:
-      yield under_way.popleft()
-  yield from under_way
 
 
 def _reasons(evidence: Any) -> Iterator[str]:

@@ -19,7 +19,7 @@ from tsalign_jax.models.lora import adapted_skeleton
 from tsalign_jax.objectives import dpo
 from tsalign_jax.ops.attention import PackedRows
 from tsalign_jax.ops.logprobs import CHUNK, PART, token_logprobs_of_devices
-from tsalign_jax.parallel.mesh import constrain_batch, one_behind, put_batch
+from tsalign_jax.parallel.mesh import constrain_batch, pipelined, put_batch
 from tsalign_jax.training.optimizer import ROUND_ALIKE
 from tsalign_jax.types import Packed
 
@@ -87,7 +87,7 @@ def known_logps(
         yield place, program(params, put_batch(packed, mesh))
 
   out = np.full((len(packing.items), packing.layout.k), np.nan, np.float32)
-  for place, logps in one_behind(launched()):
+  for place, logps in pipelined(launched()):
     new = (place >= 0) & np.isnan(out[place]).any(-1)
     out[place[new]] = np.asarray(logps)[new]
   return out

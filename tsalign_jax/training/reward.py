@@ -14,7 +14,7 @@ from tsalign_jax.config import Optimizer, RewardTraining
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.lora import adapted_skeleton, trained_part
 from tsalign_jax.objectives import ranking
-from tsalign_jax.parallel.mesh import one_behind, put_batch
+from tsalign_jax.parallel.mesh import pipelined, put_batch
 from tsalign_jax.scoring.reward import Encoded, RewardEngine
 from tsalign_jax.training.optimizer import build_trainer
 from tsalign_jax.training.probe import fit_head
@@ -105,7 +105,7 @@ def _features(
   out, read = None, 0
   batches = engine.lay_out(items, len(items), tokens).batches(range(len(items)))
   launched = ((place, engine.feature_program(params, put_batch(batch, engine.mesh))) for batch, place in batches)
-  for place, found in one_behind(launched):
+  for place, found in pipelined(launched):
     found = np.asarray(found)
     out = np.zeros((len(items), *found.shape[-2:]), np.float32) if out is None else out
     out[place[place >= 0]] = found[place >= 0]
