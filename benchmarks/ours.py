@@ -14,6 +14,7 @@ import numpy as np
 from tsalign_jax import config
 from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.packing import Item, Packing
+from tsalign_jax.host_memory import give_back
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.loading import ModelHandle, language_model, reward_model, wide
 from tsalign_jax.pairing.mine import best_worst, usable
@@ -195,15 +196,18 @@ class Round:
     self.check = {"prompts": len(self.messages)}
 
   def run(self, seed: int) -> dict[str, float]:
-    """One round."""
+    """One round; memory is given back after each stage, as a run does it."""
     answers = self.sampler(self.params, seed)
+    give_back()
     texts = [[self.chat.text(sampled.tokens) for sampled in row] for row in answers]
     pairs = self._pairs(answers, texts, self.scorer(self.scorer.encode(self.messages, texts)))
+    give_back()
     packing = self.trainer.pack(pairs)
     reference = self.trainer.reference_logps(self.params, packing)
     trainable = {name: jnp.copy(array) for name, array in wide(self.params).items()}  # as training takes what it gets
     state = self.trainer.trainer.init(trainable)
     jax.block_until_ready(self.trainer.epoch(trainable, state, packing, reference))
+    give_back()
     lengths = [len(sampled.tokens) for row in answers for sampled in row]
     return {"units": len(answers), "pairs": len(pairs), "tokens_a_response": float(np.mean(lengths))}
 

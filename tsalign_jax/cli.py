@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from tsalign_jax.host_memory import use_huge_pages
 from tsalign_jax.types import UserError
 
 app = typer.Typer(
@@ -42,7 +43,7 @@ def run(
 
   The same command continues a run that was stopped at any point; stages that are done are not done again.
   """
-  _use_huge_pages()
+  use_huge_pages()
   from tsalign_jax.config import load_config
   from tsalign_jax.loop import run as run_recipe
   from tsalign_jax.progress import terminal_progress
@@ -70,7 +71,7 @@ def train_reward(
 
   The same command continues a training that was stopped at any point.
   """
-  _use_huge_pages()
+  use_huge_pages()
   from tsalign_jax.config import RewardConfig, load_config
   from tsalign_jax.progress import terminal_progress
   from tsalign_jax.report.reward import reward_summary
@@ -94,7 +95,7 @@ def bench(
   Sampling, scoring and training are shown in tokens, responses and pairs a second, and as shares of what the machine
   does in a large matrix product and in a large sum in place.
   """
-  _use_huge_pages()
+  use_huge_pages()
   from tsalign_jax.bench import bench as measure
   from tsalign_jax.bench import table
   from tsalign_jax.config import load_config
@@ -175,17 +176,6 @@ def generate(
 def _need_run(folder: Path) -> None:
   if not (folder / "config.yaml").is_file():
     raise UserError(f"{folder}: not a run folder, there is no config.yaml in it")
-
-
-def _use_huge_pages() -> None:
-  """Starts this process anew with huge pages for large arrays, unless the user has tuned the C library already.
-
-  On CPUs, XLA allocates the temporary arrays of a program whenever it runs. With pages of 4 KiB a training step spends
-  a third of its time on the first touch of each; and the C library reads this setting only as it starts.
-  """
-  if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def main() -> None:

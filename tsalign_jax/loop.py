@@ -15,6 +15,7 @@ import yaml
 from tsalign_jax.config import Config, RewardConfig, changed_keys, dump_config, load_config
 from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.files import fingerprint, prompt_key, read_preferences, read_prompts
+from tsalign_jax.host_memory import give_back
 from tsalign_jax.manifest import Manifest, write_json
 from tsalign_jax.models.config import DecoderConfig
 from tsalign_jax.models.hf import WeightFiles
@@ -78,6 +79,7 @@ def run_steps(
     for step in steps:
       if step not in committed:
         _execute(step, config, mesh, manifest, progress_of(step.name))
+        give_back()
       done(step, manifest)
 
 
@@ -211,7 +213,7 @@ def _check_config(config: Config | RewardConfig, manifest: Manifest, steps: Sequ
   if manifest.stages or any(_worked(_workplaces(config.run, step)[0]) for step in steps):
     before, now = (yaml.safe_load(dump_config(each)) for each in (load_config(file, schema=type(config)), config))
     for key, old, new in changed_keys(before, now):
-      if key != "run" and not _may_change(key, old, new, manifest):
+      if key != "run" and not _may_change(key, old, new, evaluated=bool(rounds_done(config.run))):
         raise UserError(
           f"{key}: this run folder was made with {old!r}, the configuration now says {new!r}; "
           f"put {old!r} back, or choose another run folder than {config.run}"
@@ -225,14 +227,14 @@ def _check_config(config: Config | RewardConfig, manifest: Manifest, steps: Sequ
   temporary.replace(file)
 
 
-def _may_change(key: str, old: Any, new: Any, manifest: Manifest) -> bool:
+def _may_change(key: str, old: Any, new: Any, *, evaluated: bool) -> bool:
   judge = key.startswith(JUDGES)
   *sections, last = key.split(".")[3 if judge else 0 :] or [JUDGES]  # without the name that a judge was given
   if "extra_body" not in sections and (last in FREE or not FREE_SECTIONS.isdisjoint(sections)):
     return True
   if key in GROWING and new >= old:
     return True
-  return judge and not any(name.endswith("/evaluate") for name in manifest.stages)
+  return judge and not evaluated
 
 
 def _check_teachers(run: Path, teacher: Teacher, judges: Mapping[str, Teacher]) -> None:
