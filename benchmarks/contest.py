@@ -72,8 +72,7 @@ def contest(
     for seed in range(1, options.runs + 1):
       note(f"{title}: run {seed} of {options.runs}")
       for name, worker in workers.items():
-        woken = worker.run(seed)  # a process that has slept works slower at first
-        results[name].append(worker.run(seed) | {"compiling": woken["compiling"]})
+        results[name].append(worker.run(seed, twice=True))  # a process that has slept works slower at first
   print_results(f"{title}: medians of {options.runs} runs each, taking turns", unit, results)
   for line in filter(None, lines):
     note(line)

@@ -35,10 +35,7 @@ class Contender(Protocol):
   check: dict[str, Any]  # facts about the work, to be compared with the other side's
 
   def run(self, seed: int) -> dict[str, Any]:
-    """Does all the work once; `units` says how much it was, other numbers go into the table.
-
-    Where it compiles for shapes that the warm-up did not meet, the same work is done again, and that is what counts.
-    """
+    """Does all the work once; `units` says how much it was, other numbers go into the table."""
     ...
 
 
@@ -75,10 +72,14 @@ class Worker:
     """What the contender says about itself once it is loaded and warm: `check` and `versions`. It sleeps then."""
     return self._answer()
 
-  def run(self, seed: int) -> dict[str, Any]:
-    """One timed run: `seconds` without compilation, `compiling`, `peak_gib` so far, and what the contender returns."""
+  def run(self, seed: int, *, twice: bool = False) -> dict[str, Any]:
+    """A timed run: its `seconds`, `compiling`, `peak_gib` so far, and what the contender returns.
+
+    It is done again, and the second one counts, where the first one compiles, or if `twice`; `compiling` is by how much
+    a run that compiles took longer.
+    """
     self.process.send_signal(signal.SIGCONT)
-    self._send({"seed": seed})
+    self._send({"seed": seed, "twice": twice})
     return self._answer()
 
   def _send(self, message: dict) -> None:
@@ -103,7 +104,7 @@ class Worker:
 
 
 def main() -> None:
-  """The worker's end: makes the contender that the first line names, then runs it once for each further line."""
+  """The worker's end: makes the contender that the first line names, then answers each further line with a run."""
   replies = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)  # what libraries print goes to the log
 
@@ -120,12 +121,12 @@ def main() -> None:
   compiled = _compiled_programs()
   reply(check=contender.check, versions=versions)
   for line in sys.stdin:
-    seed, before = json.loads(line)["seed"], len(compiled)
-    seconds, out = _timed(contender, seed)
-    compiling = 0.0
-    if len(compiled) > before:
-      again, out = _timed(contender, seed)
-      seconds, compiling = again, max(0.0, seconds - again)
+    asked, before = json.loads(line), len(compiled)
+    seconds, out = _timed(contender, asked["seed"])
+    compiling, compiles = 0.0, len(compiled) > before
+    if compiles or asked["twice"]:
+      again, out = _timed(contender, asked["seed"])
+      seconds, compiling = again, max(0.0, seconds - again) if compiles else 0.0
     reply(seconds=seconds, compiling=compiling, peak_gib=peak_bytes() / 2**30, **out)
 
 
