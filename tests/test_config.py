@@ -18,7 +18,6 @@ from tsalign_jax.config import (
   load_config,
 )
 from tsalign_jax.loop import _may_change
-from tsalign_jax.manifest import Manifest
 from tsalign_jax.types import UserError
 
 PACKAGE = Path(tsalign_jax.__file__).parent
@@ -87,17 +86,13 @@ def test_changed_keys_are_found_in_lists_and_another_kind_is_named_before_its_ke
     ("evaluation.judges.gold.batch_tokens", 8192, 4096, True),
   ],
 )
-def test_only_what_results_do_not_depend_on_may_change_and_rounds_only_grow(key, old, new, allowed, tmp_path):
-  manifest = Manifest(tmp_path)
-  manifest.commit("round_01/evaluate", {})
-  assert _may_change(key, old, new, manifest) == allowed
+def test_only_what_results_do_not_depend_on_may_change_and_rounds_only_grow(key, old, new, allowed):
+  assert _may_change(key, old, new, evaluated=True) == allowed
 
 
-def test_judges_may_change_until_they_have_judged(tmp_path):
-  manifest = Manifest(tmp_path)
-  assert _may_change("evaluation.judges.gold.model", "a", "b", manifest)
-  manifest.commit("round_01/evaluate", {})
-  assert not _may_change("evaluation.judges.gold.model", "a", "b", manifest)
+def test_judges_may_change_until_they_have_judged():
+  assert _may_change("evaluation.judges.gold.model", "a", "b", evaluated=False)
+  assert not _may_change("evaluation.judges.gold.model", "a", "b", evaluated=True)
 
 
 @pytest.mark.parametrize(

@@ -214,8 +214,7 @@ def test_the_teacher_as_a_further_judge_is_refused_before_anything_happens(tmp_p
   ],
 )
 def test_what_may_change_when_all_is_judged(key, free):
-  manifest = types.SimpleNamespace(stages={"round_01/evaluate": {}})
-  assert loop._may_change(key, 1, 2, manifest) == free
+  assert loop._may_change(key, 1, 2, evaluated=True) == free
 
 
 def test_a_judge_whose_files_changed_after_it_judged_is_refused(tmp_path):
