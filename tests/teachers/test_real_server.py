@@ -17,7 +17,7 @@ from tsalign_jax.teachers.chat import Clock
 from tsalign_jax.teachers.ledger import Outcome, accounts
 from tsalign_jax.teachers.llm_judge import LLMJudge
 from tsalign_jax.teachers.ranker import Ranker
-from tsalign_jax.types import CandidatePair, Verdict
+from tsalign_jax.types import CandidatePair, Judgement, Prompt, Verdict
 
 pytestmark = pytest.mark.server
 MODEL = Path(__file__).parents[2] / "models" / "smollm2"
@@ -64,7 +64,16 @@ def pairs() -> list[CandidatePair]:
   return [CandidatePair(prompt(0), good, bad), CandidatePair(prompt(1), bad, good)]
 
 
-def check_ledger(run: Path, questions: int) -> None:
+def check_judgement(judgement: Judgement) -> None:
+  """It is what its two answers add up to, or says why one of them is missing."""
+  answers = judgement.evidence["answers"]
+  slots, failures = ([answer[key] for answer in answers if key in answer] for key in ("slot", "failure"))
+  assert len(slots) + len(failures) == 2 and all(failures)
+  agreed = {("A", "B"): Verdict.FIRST, ("B", "A"): Verdict.SECOND, ("C", "C"): Verdict.TIE}
+  assert judgement.verdict == (Verdict.ERROR if failures else agreed.get(tuple(slots), Verdict.INCONSISTENT))
+
+
+def check_ledger(run: Path, questions: int, longest: int = 8) -> None:
   """Every request is accounted for, with the tokens that the server counted."""
   bill = {each.outcome: each for each in accounts(run / "ledger.sqlite")}
   assert set(bill) <= {Outcome.ANSWERED, Outcome.MALFORMED}
@@ -73,7 +82,7 @@ def check_ledger(run: Path, questions: int) -> None:
   assert stored[0] == (answered.requests if answered else 0)
   assert sum(each.requests for each in bill.values()) == questions
   for each in bill.values():
-    assert each.input_tokens > 50 * each.requests and 0 < each.output_tokens <= 8 * each.requests
+    assert each.input_tokens > 50 * each.requests and 0 < each.output_tokens <= longest * each.requests
     assert each.cost == pytest.approx((each.input_tokens + 2 * each.output_tokens) / 1e6)
 
 
@@ -82,22 +91,19 @@ def test_judge_returns_verdicts_or_errors_with_a_valid_ledger(url, tmp_path):
     judged = teacher.judge(pairs())
     spent = teacher.note()
   assert len(judged) == 2
-  for each in judged:  # what two answers add up to, or the reason why one is missing
-    slots, failures = ([a[key] for a in each.evidence["answers"] if key in a] for key in ("slot", "failure"))
-    assert len(slots) + len(failures) == 2 and all(failures)
-    agreed = {("A", "B"): Verdict.FIRST, ("B", "A"): Verdict.SECOND, ("C", "C"): Verdict.TIE}
-    assert each.verdict == (Verdict.ERROR if failures else agreed.get(tuple(slots), Verdict.INCONSISTENT))
+  for each in judged:
+    check_judgement(each)
   assert "tokens, cost" in spent
   check_ledger(tmp_path, 4)
 
 
 # Shown what a verdict looks like, even this small model gives one; it names B whatever B is.
-TEMPLATE = """
+TEMPLATE = r"""
 answer: letter
 messages:
-  - {role: user, content: "Question: 2 + 2?\\nA: 4\\nB: 5\\nWhich is better? Say A or B only."}
+  - {role: user, content: "Question: 2 + 2?\nA: 4\nB: 5\nWhich is better? Say A or B only."}
   - {role: assistant, content: A}
-  - {role: user, content: "Question: Capital of France?\\nA: Rome\\nB: Paris\\nWhich is better? Say A or B only."}
+  - {role: user, content: "Question: Capital of France?\nA: Rome\nB: Paris\nWhich is better? Say A or B only."}
   - {role: assistant, content: B}
   - role: user
     content: |
@@ -118,13 +124,42 @@ def test_template_with_examples_gets_readable_answers_that_are_paid_for_once(url
     check_ledger(tmp_path, 2)
 
 
-def test_ranker_returns_a_permutation_or_an_error_with_a_valid_ledger(url, tmp_path):
+# Shown rankings in turns of their own, it gives one as well.
+RANKING = r"""
+answer: ranking
+messages:
+  - {role: user, content: "Rank these answers to: 2 + 2?\n[1] 5\n[2] 4\n[3] a fish"}
+  - {role: assistant, content: "[2] > [1] > [3]"}
+  - {role: user, content: "Rank these answers to: Capital of France?\n[1] Rome\n[2] a fish\n[3] Paris"}
+  - {role: assistant, content: "[3] > [1] > [2]"}
+  - role: user
+    content: |
+      {% for example in demonstrations %}
+      {{ example.responses | join(", ") }}: [{{ example.ranking | join("] > [") }}]
+      {% endfor %}
+      Rank these answers to: {{ prompt[-1].content }}
+      {% for response in responses %}
+      [{{ loop.index }}] {{ response }}
+      {% endfor %}
+"""
+
+
+def test_ranker_gives_a_permutation_that_is_paid_for_once(url, tmp_path):
+  (tmp_path / "mine.yaml").write_text(RANKING)
+  settings = RankerTeacher(template=str(tmp_path / "mine.yaml"), **common(url, max_tokens=16))
+  tea = Prompt(0, [{"role": "user", "content": "Tea?"}])
+  for _ in range(2):
+    with Ranker(settings, tmp_path, "teacher", Clock()) as teacher:
+      ranking = teacher.rank(tea, ["Yes, please.", "No.", "Tea tea tea."])
+    assert ranking.order is not None, ranking.evidence
+    assert sorted(ranking.order) == [0, 1, 2]
+    check_ledger(tmp_path, 1, longest=16)
+
+
+def test_ranker_as_a_judge_returns_a_verdict_or_an_error_with_a_valid_ledger(url, tmp_path):
   with Ranker(RankerTeacher(**common(url)), tmp_path, "teacher", Clock()) as teacher:
-    ranking = teacher.rank(prompt(), ["Yes, please.", "No.", "Tea tea tea."])
-    judged = teacher.judge(pairs()[:1])
-  assert ranking.order is None or sorted(ranking.order) == [0, 1, 2]
-  assert judged[0].verdict in Verdict
-  check_ledger(tmp_path, 3)
+    check_judgement(teacher.judge(pairs()[:1])[0])
+  check_ledger(tmp_path, 2)
 
 
 def test_logprobs_that_the_server_does_not_give_are_missed_and_not_made_up(url, tmp_path):
