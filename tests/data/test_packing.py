@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsalign_jax.data.packing import MULTIPLE, Item, Packing, assign, pack, plan
+from tsalign_jax.data.packing import MULTIPLE, SHORT, Item, Packing, assign, pack, plan, row_length
 
 tokens = st.lists(st.integers(1, 90), min_size=0, max_size=60)
 items = st.lists(
@@ -22,7 +22,8 @@ def test_every_item_is_in_one_row_and_reads_back(items):
   rows = assign(items, range(len(items)), layout)
   assert sorted(index for row in rows for index in row) == list(range(len(items)))
   packed = pack([[items[index] for index in row] for row in rows], layout)
-  assert packed.tokens.shape == (len(rows), layout.length) and layout.length % MULTIPLE == 0
+  assert packed.tokens.shape == (len(rows), layout.length)
+  assert layout.length in SHORT or layout.length % MULTIPLE == 0
   for row, indices in enumerate(rows):
     for number, index in enumerate(indices):
       for branch, expected in enumerate((items[index].prompt, *items[index].responses)):
@@ -100,8 +101,8 @@ def test_steps_of_real_lengths_have_little_padding(at_once, tokens, ways):
 def test_a_step_that_nearly_fills_a_batch_leaves_no_empty_one_behind():
   """Of 15 rows a step, 14 at once would leave a batch of 7 with a single row in it."""
   items = [Item([1] * 200, ([1] * 30, [1] * 20)) for _ in range(15)]  # one to a row of 256
-  packing = Packing(items, 15, 14 * MULTIPLE, 1)
-  assert packing.layout.length == MULTIPLE
+  packing = Packing(items, 15, 14 * 256, 1)
+  assert packing.layout.length == 256
   assert sum(len(place) for _, place in packing.batches(range(15))) == 15
 
 
@@ -114,12 +115,19 @@ def test_items_that_come_together_are_as_many_batches_as_their_rows_make():
 
 def test_rows_are_not_longer_than_a_batch_may_be():
   items = [Item([1] * 40, ([1] * 30, [1] * 30)) for _ in range(64)]
-  assert plan(items, 5, 1 << 20, 1)[0].length == 2 * MULTIPLE  # five of them fit
-  for tokens, ways in ((MULTIPLE, 1), (4 * MULTIPLE, 4)):
-    assert plan(items, 5, tokens, ways)[0].length == MULTIPLE
+  assert plan(items, 5, 1 << 20, 1)[0].length == 512  # five of them fit
+  for tokens, ways in ((256, 1), (4 * 256, 4)):
+    assert plan(items, 5, tokens, ways)[0].length == 256
 
 
 def test_rows_are_longer_than_the_longest_item_where_two_would_not_fit():
-  alike = [Item([1] * 100, ([1] * 90, [1] * 80))] * 64
-  assert plan(alike, 32, 1 << 20, 1)[0].length > 2 * MULTIPLE  # 512 tokens would hold one of 270
-  assert plan([Item([1] * 90, ([1] * 80, [1] * 80))] * 64, 32, 1 << 20, 1)[0].length == MULTIPLE
+  for tokens, length in ((130, 512), (250, 256)):  # 256 tokens hold one of 130, 384 hold two, 512 hold three
+    alike = [Item([1] * (tokens - 80), ([1] * 50, [1] * 30))] * 64
+    assert plan(alike, 32, 1 << 20, 1)[0].length == length
+
+
+@given(st.integers(1, 20_000))
+def test_no_shorter_row_would_hold_as_much(tokens):
+  length = row_length(tokens)
+  assert tokens <= length and row_length(length) == length
+  assert length == 256 or length - tokens < (128 if length <= 640 else 256)

@@ -34,6 +34,7 @@ SAMPLING_MESH = {"v5e:4x4": {"data": 2, "fsdp": 1, "tensor": 8}, "v5p:2x2x4": {"
 PROMPTS, PROMPT, RESPONSE = 16, 512, 512
 ROWS = 16  # of a microbatch of pairs
 LAYOUT = Layout(length=3072, targets=2048, usual_targets=2048, items=3072 // SMALLEST, k=2)
+ONE_BLOCK = Layout(length=640, targets=480, usual_targets=480, items=640 // SMALLEST, k=2)  # the largest of the kernel
 SAMPLING = Sampling(responses=8, max_new_tokens=RESPONSE, batch_prompts=PROMPTS)
 
 
@@ -104,12 +105,12 @@ def score(model: ModelHandle, mesh: Mesh) -> dict:
   return facts(engine.program.lower(params, branches(mesh, PROMPTS, PROMPT, 8, RESPONSE)))[0]
 
 
-def train(model: ModelHandle, mesh: Mesh) -> dict[str, dict]:
+def train(model: ModelHandle, mesh: Mesh, layout: Layout = LAYOUT) -> dict[str, dict]:
   """A DPO step: accumulating over microbatches, and the update."""
   trainer = build_trainer(build_loss(model, mesh, Align()), Align(), 100, model.skeleton, mesh)
   params = model.skeleton.abstract(mesh)
-  shapes = (ROWS, LAYOUT.items, 2), (ROWS, LAYOUT.items)  # reference log-probabilities, weights
-  batch = AlignBatch(packed(mesh, ROWS, LAYOUT), *(rows(mesh, *shape, dtype=jnp.float32) for shape in shapes))
+  shapes = (ROWS, layout.items, 2), (ROWS, layout.items)  # reference log-probabilities, weights
+  batch = AlignBatch(packed(mesh, ROWS, layout), *(rows(mesh, *shape, dtype=jnp.float32) for shape in shapes))
   state = trainer.abstract_state(params)
   accumulate, _ = facts(trainer.accumulate.lower(params, params, {}, batch))
   update, _ = facts(trainer.update.lower(params, state, params))
@@ -168,7 +169,8 @@ def main(topology: str, folder: str) -> None:
   model = ModelHandle(Path(folder), read_config(Path(folder)), "stacked", True, "bfloat16", "bfloat16")
   mesh = topology_mesh(topology)
   programs = sample(model, topology_mesh(topology, **SAMPLING_MESH[topology])) | {"score": score(model, mesh)}
-  programs |= train(model, mesh) | {"gemma": train(small_gemma(model), mesh)["accumulate"]}
+  gemma = {name: train(small_gemma(model), mesh, layout) for name, layout in (("gemma", LAYOUT), ("short", ONE_BLOCK))}
+  programs |= train(model, mesh) | {name: each["accumulate"] for name, each in gemma.items()}
   print(json.dumps({"programs": programs, "loops": known_loops(mesh.devices.flat[0])}))
 
 

@@ -71,7 +71,7 @@ def test_traffic_of_a_known_loop_is_what_it_reads(known):
 def test_attention_is_the_kernel(known):
   kernels = {name: facts["kernels"] for name, facts in known["programs"].items()}
   # One for each kind of layer: forward, and for a gradient forward again, dq and dkv.
-  assert kernels == {"prefill": 1, "decode": 0, "score": 1, "accumulate": 4, "update": 0, "gemma": 8}
+  assert kernels == {"prefill": 1, "decode": 0, "score": 1, "accumulate": 4, "update": 0, "gemma": 8, "short": 8}
 
 
 def test_programs_fit(known, topology):

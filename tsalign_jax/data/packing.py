@@ -15,7 +15,8 @@ from jaxtyping import Int
 from tsalign_jax.data.batching import part_sizes, round_up
 from tsalign_jax.types import Packed
 
-MULTIPLE = 256  # tokens; rows are as long as a multiple of it, as the kernel's blocks want it
+SHORT = (256, 384, 512, 640)  # tokens; rows of these lengths can be one block of the kernel
+MULTIPLE = 256  # tokens; longer rows are as long as a multiple of it, so that blocks divide them
 SMALLEST = 16  # tokens; a row holds as many items as if they were of this size
 ATTENTION = 2048  # tokens of a row at which attention costs as much as all the rest, about
 CALL = 256  # tokens; to compute one more batch costs as much as so many more tokens, about
@@ -68,10 +69,10 @@ def plan(items: Sequence[Item], at_once: int, tokens: int, ways: int, *, roomy: 
   `roomy` rows may hold response tokens only.
   """
   steps = _likely_steps(len(items), at_once)
-  shortest = round_up(max(item.tokens for item in items), MULTIPLE)
+  shortest = length = row_length(max(item.tokens for item in items))
   longest = max(shortest, min(2 * shortest, tokens // ways))
   best, least = (shortest, ways), float("inf")
-  for length in range(shortest, longest + 1, MULTIPLE):
+  while length <= longest:
     rows = [len(assign(items, step, _roomy(length, 0))) for step in steps]
     for most in range(ways, max(ways, tokens // length) + 1, ways):
       parts = [part_sizes(count, most, ways) for count in rows]
@@ -79,9 +80,15 @@ def plan(items: Sequence[Item], at_once: int, tokens: int, ways: int, *, roomy: 
       cost = computed * (1.0 if length == shortest else RELUCTANCE)
       if cost <= least:
         best, least = (length, most), cost
+    length = row_length(length + 1)
   length, most = best
   layout = _roomy(length, len(items[0].responses))
   return (layout if roomy else _fitted(layout, items, steps)), most
+
+
+def row_length(tokens: int) -> int:
+  """The length of the shortest rows that hold so many tokens."""
+  return next((length for length in SHORT if tokens <= length), round_up(tokens, MULTIPLE))
 
 
 def row_cost(tokens: int, length: int) -> float:

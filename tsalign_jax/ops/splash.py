@@ -135,9 +135,10 @@ def attend_packed(
 ) -> Float[Array, "rows columns heads head_dim"]:
   """Softmax attention of each token over what is visible to it, less what lies before its window.
 
-  Columns are a multiple of 256, and every token sees itself at least.
+  Columns that no block divides are one block. Every token sees itself at least.
   """
-  block = next(block for block in BLOCKS if query.shape[1] % block == 0)
+  columns = query.shape[1]
+  block = next(block for block in (*BLOCKS, columns) if columns % block == 0)
 
   def attend(query, key, value, visible, position, window):
     def row(inputs):

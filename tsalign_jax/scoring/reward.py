@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tsalign_jax.config import RewardModel
-from tsalign_jax.data.batching import bucket, make_branches, pad_right, part_size, round_up
+from tsalign_jax.data.batching import bucket, make_branches, pad_right, part_size
 from tsalign_jax.data.chat import Chat, load_tokenizer
-from tsalign_jax.data.packing import MULTIPLE, Item, Packing, row_cost
+from tsalign_jax.data.packing import Item, Packing, row_cost, row_length
 from tsalign_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig, read_config
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.hf import WeightFiles
@@ -241,7 +241,7 @@ class DecoderEngine(RewardEngine):
       for item, of in zip(items, parts, strict=True)
       for part in of
     ]
-    length = round_up(max(tokens, default=0), MULTIPLE)
+    length = row_length(max(tokens, default=0))
     divided = ROOM * row_cost(sum(tokens), length) < sum(self.tokens([item], self.steps) for item in items)
     for index, (item, of) in enumerate(zip(items, parts, strict=True)):
       for part in of if divided else [range(len(item.responses))]:
