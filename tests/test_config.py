@@ -84,6 +84,17 @@ def test_changed_keys_are_found_in_lists_and_another_kind_is_named_before_its_ke
     ("sampling.responses", 8, 4, False),
     ("evaluation.judges.gold.endpoint.budget", 5, 9, True),
     ("evaluation.judges.gold.batch_tokens", 8192, 4096, True),
+    ("mesh.data", 1, 2, True),
+    ("teacher.members.0.endpoint.concurrency", 1, 2, True),
+    ("evaluation.judges.gold.endpoint.base_url", 1, 2, True),
+    ("align.remat", 1, 2, True),
+    ("evaluation.judges.mesh.path", 1, 2, False),
+    ("evaluation.judges.lanes.model", 1, 2, False),
+    ("evaluation.judges.remat", 1, 2, False),
+    ("teacher.extra_body.mesh.data", 1, 2, False),
+    ("teacher.extra_body.lanes", 1, 2, False),
+    ("align.beta", 1, 2, False),
+    ("teacher.endpoint.budget", 1, 2, True),
   ],
 )
 def test_only_what_results_do_not_depend_on_may_change_and_rounds_only_grow(key, old, new, allowed):

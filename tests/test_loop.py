@@ -22,7 +22,7 @@ from rich.console import Console
 from tsalign_jax import loop
 from tsalign_jax.config import load_config
 from tsalign_jax.loop import run
-from tsalign_jax.manifest import VERSION, write_json
+from tsalign_jax.manifest import VERSION, Manifest, write_json
 from tsalign_jax.progress import terminal_progress
 from tsalign_jax.stages import judge
 from tsalign_jax.teachers import checks
@@ -197,24 +197,20 @@ def test_the_teacher_as_a_further_judge_is_refused_before_anything_happens(tmp_p
   assert not (tmp_path / "run" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize(
-  ("key", "free"),
-  [
-    ("mesh.data", True),
-    ("teacher.endpoint.budget", True),
-    ("teacher.members.0.endpoint.concurrency", True),
-    ("evaluation.judges.gold.endpoint.base_url", True),
-    ("align.remat", True),
-    ("evaluation.judges.mesh.path", False),
-    ("evaluation.judges.lanes.model", False),
-    ("evaluation.judges.remat", False),
-    ("teacher.extra_body.mesh.data", False),
-    ("teacher.extra_body.lanes", False),
-    ("align.beta", False),
-  ],
-)
-def test_what_may_change_when_all_is_judged(key, free):
-  assert loop._may_change(key, 1, 2, evaluated=True) == free
+def test_a_judge_of_a_run_folder_may_change_until_it_has_judged(tmp_path):
+  def judged_by(model):
+    judge = {"kind": "llm_judge", "model": model, "endpoint": {"base_url": "http://host:1/v1"}}
+    return load_config(tiny.run_config(tmp_path, evaluation={"judges": {"gold": judge}}))
+
+  run_folder = judged_by("a").run
+  run_folder.mkdir()
+  manifest = Manifest(run_folder)
+  loop._check_config(judged_by("a"), manifest, [])
+  manifest.commit("round_01/sample", {})
+  loop._check_config(judged_by("b"), manifest, [])
+  manifest.commit("round_01/evaluate", {})
+  with pytest.raises(UserError, match=r"evaluation.judges.gold.model: this run folder was made with 'b'"):
+    loop._check_config(judged_by("a"), manifest, [])
 
 
 def test_a_judge_whose_files_changed_after_it_judged_is_refused(tmp_path):
