@@ -180,6 +180,13 @@ def test_kernel_over_packed_rows_equals_xla(masking, head_dim, one_device, small
     assert_equal_paths(kernel, xla, batch, kind, *random_tensors(batch, 4, 2, head_dim))
 
 
+def test_kernel_over_packed_rows_that_are_one_block_equals_xla(one_device, monkeypatch):
+  kernel, xla = paths(monkeypatch, one_device, Masking(0.1, softcap=5.0))
+  batch, _ = packed_rows([Item(list(range(3, 90)) * 4, [[5] * 130] * 2)], 640)
+  assert batch.tokens.shape == (1, 640)  # which none of the blocks divides
+  assert_equal_paths(kernel, xla, batch, 0, *random_tensors(batch, 2, 1, 64))
+
+
 def test_kernel_over_packed_rows_skips_blocks_of_other_items():
   visible = np.zeros((512, 512), bool)
   for start in range(0, 512, 128):
