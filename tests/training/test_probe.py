@@ -10,7 +10,7 @@ from tsalign_jax.models.loading import reward_model
 from tsalign_jax.scoring.reward import build_reward_engine
 from tsalign_jax.training import reward
 from tsalign_jax.training.probe import fit_head, logistic
-from tsalign_jax.types import PreferencePair
+from tsalign_jax.types import PreferencePair, UserError
 
 RANDOM = np.random.default_rng(0)
 
@@ -20,12 +20,20 @@ def loss(weights, difference, margins, penalty):
 
 
 @pytest.mark.parametrize("penalty", [0.01, 1.0, 100.0])
-def test_the_weights_are_those_of_the_least_loss(penalty):
-  difference, margins = RANDOM.normal(0, 2, (60, 8)), RANDOM.uniform(0, 2, 60)
+@pytest.mark.parametrize(("features", "widest"), [(8, 2.0), (8, 10.0), (20, 4.0), (60, 4.0)])
+def test_the_weights_are_those_of_the_least_loss(features, widest, penalty):
+  difference, margins = RANDOM.normal(0, 2, (60, features)), RANDOM.uniform(0, widest, 60)
   best = logistic(difference, margins, penalty)
   for _ in range(50):
-    step = RANDOM.normal(0, 1e-3, 8)
+    step = RANDOM.normal(0, 1e-3, features)
     assert loss(best, difference, margins, penalty) < loss(best + step, difference, margins, penalty)
+
+
+def test_features_that_are_not_finite_are_refused():
+  difference = RANDOM.normal(0, 2, (60, 8))
+  difference[7, 3] = np.nan
+  with np.errstate(invalid="ignore"), pytest.raises(UserError, match=r"^probe: no head fits"):
+    logistic(difference, np.zeros(60), 1.0)
 
 
 def test_what_can_be_learned_is_and_noise_is_not():

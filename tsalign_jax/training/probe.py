@@ -7,9 +7,11 @@ Fitting the head first and then everything is LP-FT (Kumar et al. 2022, arXiv 22
 import numpy as np
 from jaxtyping import Float
 
+from tsalign_jax.types import UserError
+
 FOLDS = 5
 PENALTIES = tuple(10.0**power for power in range(-2, 5))  # of the squared weights, for features of variance 1
-NEWTON_STEPS = 30
+NEWTON_STEPS = 100
 
 
 def fit_head(
@@ -40,14 +42,25 @@ def fit_head(
 def logistic(
   difference: Float[np.ndarray, "pairs features"], margins: Float[np.ndarray, " pairs"], penalty: float
 ) -> Float[np.ndarray, " features"]:
-  """The weights w that minimise sum(log(1 + exp(margin - w.x))) + penalty/2 |w|^2, by Newton's method."""
+  """The weights w that minimise sum(log(1 + exp(margin - w.x))) + penalty/2 |w|^2, by Newton's method.
+
+  A step that would go too far, as first steps do where margins are large, is halved until it goes down. Raises
+  UserError where none of that leads to weights that no step improves, as with features that are not finite.
+  """
+
+  def loss(weights: Float[np.ndarray, " features"]) -> float:
+    return np.logaddexp(0.0, margins - difference @ weights).sum() + penalty / 2 * weights @ weights
+
   weights = np.zeros(difference.shape[1])
   for _ in range(NEWTON_STEPS):
     wrong = 1.0 / (1.0 + np.exp(difference @ weights - margins))
     gradient = penalty * weights - difference.T @ wrong
     curvature = (difference.T * (wrong * (1.0 - wrong))) @ difference
     step = np.linalg.solve(curvature + penalty * np.eye(len(weights)), gradient)
+    before = loss(weights)
+    while loss(weights - step) > before:
+      step /= 2
     weights -= step
     if np.abs(step).max() < 1e-8:
-      break
-  return weights
+      return weights
+  raise UserError("probe: no head fits these pairs best (is every weight of the model finite?); set it to false")
