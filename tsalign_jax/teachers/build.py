@@ -3,7 +3,7 @@
 from tsalign_jax import config as settings
 from tsalign_jax.teachers.base import Teacher
 from tsalign_jax.teachers.chat import Clock
-from tsalign_jax.teachers.checks import ChecksTeacher, load_plugins
+from tsalign_jax.teachers.checks import ChecksTeacher
 from tsalign_jax.teachers.ensemble import Ensemble
 from tsalign_jax.teachers.llm_judge import LLMJudge
 from tsalign_jax.teachers.ranker import Ranker
@@ -30,8 +30,7 @@ def _build(teacher: settings.AnyTeacher, config: settings.Config, where: str, cl
   run = config.run
   match teacher:
     case settings.ChecksTeacher():
-      load_plugins(teacher.plugins)
-      return ChecksTeacher(default=teacher.default)
+      return ChecksTeacher(teacher.default, teacher.plugins)
     case settings.RewardModelTeacher():
       return RewardModelTeacher(teacher, run, where, config.mesh)
     case settings.JudgeTeacher():

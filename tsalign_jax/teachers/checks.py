@@ -24,6 +24,7 @@ from types import ModuleType
 from tsalign_jax.teachers.base import Teacher
 from tsalign_jax.types import CandidatePair, Judgement, Prompt, UserError, Verdict
 
+BUILTIN = "tsalign_jax.teachers.builtin_checks"
 _ARGUMENT_TYPES = {int: "int", float: "float", str: "str", list[str]: "list[str]"}
 
 
@@ -93,17 +94,23 @@ def score(response: str, checks: Sequence[dict]) -> float:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChecksTeacher(Teacher):
-  """Prefers the response that satisfies more of its prompt's checks; of `default` where a prompt has none."""
+  """Prefers the response that satisfies more of its prompt's checks; of `default` where a prompt has none.
+
+  Its identity does not depend on what else was loaded: a check that a plugin borrows from a module outside of it is the
+  plugin's only if that module is named beside it.
+  """
 
   default: Sequence[dict] = ()
+  plugins: Sequence[str | Path] = ()
 
-  # `checks-` and a digest of the default checks and of the name and source of every check that is registered by now.
+  # `checks-` and a digest of the default checks and of names and sources of the built-in checks and the plugins'.
   identity: str = dataclasses.field(init=False)
 
   def __post_init__(self):
+    own = tuple(f"{module.__name__}." for module in load_plugins([BUILTIN, *self.plugins]))
     validate(self.default, "the checks teacher's default checks")
-    known = sorted((name, entry.source) for name, entry in _REGISTRY.items())
-    digest = _digest(json.dumps([list(self.default), known], sort_keys=True).encode())
+    checks = [(name, each.source) for name, each in _REGISTRY.items() if _address(each.function).startswith(own)]
+    digest = _digest(json.dumps([list(self.default), sorted(checks)], sort_keys=True).encode())
     object.__setattr__(self, "identity", f"checks-{digest}")
 
   def validate_prompts(self, prompts: Iterable[Prompt], source: str = "the prompts") -> None:
@@ -235,4 +242,4 @@ def _import_module(name: str) -> ModuleType:
 
 
 # The built-in checks are the first plugin. They come last because they import the decorator above.
-load_plugins(["tsalign_jax.teachers.builtin_checks"])
+load_plugins([BUILTIN])
