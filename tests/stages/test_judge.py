@@ -275,6 +275,14 @@ def test_evaluation_run_again_pays_nothing_again(server, tmp_path):
   found = []
   for _ in range(2):
     with build_teacher(config) as opened:
-      found.append(evaluate._outcome(job, rows, evaluate._judged(prompts, rows, opened)))
+      found.append(evaluate._outcome(job, rows, evaluate._judged(prompts, rows, opened, "the teacher")))
   assert found[0] == found[1] and len(server.log) == 2 * sum(each.first != each.second for each in ASKED)
   assert found[0]["win_rate"] == win_rate([[truth(each)] for each in ASKED])
+
+
+def test_a_judge_that_fails_with_every_answer_evaluates_nothing(server, tmp_path):
+  config = load_config(judging.config_file(tmp_path, teacher(server, retries=0, max_failure_rate=1.0)))
+  answers = [(0, {"text": "worth 1"}, {"text": "worth 2"})]
+  server.reset(["500"] * 2)
+  with build_teacher(config) as opened, pytest.raises(UserError, match=r"^the judge failed with every pair \(500: no"):
+    evaluate._judged({0: judging._prompt(ASKED[0].prompt)}, answers, opened, "the judge")

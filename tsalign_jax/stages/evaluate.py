@@ -14,6 +14,7 @@ from tsalign_jax.stages.base import Counts, Job
 from tsalign_jax.stages.diagnose import student_quality, student_regret
 from tsalign_jax.teachers.base import Teacher
 from tsalign_jax.teachers.build import build_judges, build_teacher
+from tsalign_jax.teachers.statistics import check_answered
 from tsalign_jax.training.align import build_reference, known_logps
 from tsalign_jax.types import CandidatePair, Judgement, Verdict
 
@@ -28,7 +29,7 @@ def evaluate(job: Job) -> Counts:
   judges = build_judges(job.config)
   with job.progress(4 + len(judges), "parts") as advance:
     with build_teacher(job.config) as teacher:
-      judged = _judged(prompts, rows, teacher)
+      judged = _judged(prompts, rows, teacher, f"{job.name}: the teacher")
       metrics: Counts = {"heldout_prompts": len(prompts), **_outcome(job, rows, judged)}
       advance(1, f"win rate {metrics['win_rate']:.1%}")
       metrics |= student_quality(job, teacher, prompts, {i: [*base[i], *policy[i]] for i in prompts})
@@ -37,7 +38,7 @@ def evaluate(job: Job) -> Counts:
     others: dict[str, Sequence[Judgement]] = {}
     for name, judge in judges.items():
       with judge:
-        others[name] = _judged(prompts, rows, judge)
+        others[name] = _judged(prompts, rows, judge, f"{job.name}: evaluation.judges.{name}")
       advance(1, f"by {name}")
     metrics["judges"] = {name: _outcome(job, rows, judgements) for name, judgements in others.items()}
     table = [
@@ -51,8 +52,11 @@ def evaluate(job: Job) -> Counts:
   return metrics
 
 
-def _judged(prompts: Mapping[int, dict], rows: Answers, judge: Teacher) -> Sequence[Judgement]:
-  return judge.judge([CandidatePair(to_prompt(prompts[i]), ours["text"], theirs["text"]) for i, ours, theirs in rows])
+def _judged(prompts: Mapping[int, dict], rows: Answers, judge: Teacher, who: str) -> Sequence[Judgement]:
+  pairs = [CandidatePair(to_prompt(prompts[i]), ours["text"], theirs["text"]) for i, ours, theirs in rows]
+  judged = judge.judge(pairs)
+  check_answered(judged, who)
+  return judged
 
 
 def _outcome(job: Job, rows: Answers, judged: Sequence[Judgement]) -> Counts:

@@ -5,15 +5,14 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 from tsalign_jax.data.tables import VERDICTS, Rows, read_table, to_prompt, write_table
 from tsalign_jax.parallel.mesh import pipelined
 from tsalign_jax.stages.base import Counts, Job, Pace, gathered, shards
 from tsalign_jax.teachers.base import Work
 from tsalign_jax.teachers.build import build_teacher
-from tsalign_jax.teachers.statistics import Judged, statistics
-from tsalign_jax.types import CandidatePair, UserError, Verdict
+from tsalign_jax.teachers.statistics import Judged, check_answered, statistics
+from tsalign_jax.types import CandidatePair, Verdict
 
 BATCH = 64  # pairs whose verdicts are written together
 IN_FLIGHT = 8  # batches that a teacher behind a network is asked about at once, so that none waits for a slow answer
@@ -42,21 +41,12 @@ def judge(job: Job) -> Counts:
       advance(len(group), teacher.note())
     work = teacher.worked() or Work(pace.done, pace.seconds)
   table = gathered(job)
-  if table and all(row["verdict"] == Verdict.ERROR for row in table):
-    reason = next(_reasons(json.loads(table[0]["evidence"])), "it does not say why")
-    raise UserError(f"{job.name}: the teacher failed with every pair ({reason}); run the same command to ask again")
-  write_table(job.writes["verdicts"], table, VERDICTS)
   judged = [Judged(*_texts(texts, row), Verdict(row["verdict"]), json.loads(row["evidence"])) for row in table]
+  check_answered(judged, f"{job.name}: the teacher")
+  write_table(job.writes["verdicts"], table, VERDICTS)
   verdicts = dict(sorted(Counter(row["verdict"] for row in table).items()))
   shares = statistics(judged).shares()
   return {"teacher": teacher.identity, "verdicts": verdicts, "judging": work._asdict(), **shares}
-
-
-def _reasons(evidence: Any) -> Iterator[str]:
-  """Why questions failed, wherever in a judgement's evidence it stands."""
-  parts = evidence.items() if isinstance(evidence, dict) else enumerate(evidence) if isinstance(evidence, list) else ()
-  for name, part in parts:
-    yield from [part] if name == "failure" else _reasons(part)
 
 
 def _forget_failures(job: Job) -> None:
