@@ -197,6 +197,9 @@ SECRET = "sk-hush-hush"
     at("api_key_env", SECRET),
     at("base_url", f"https://{SECRET}@host/v1"),
     at("base_url", f"https://host/v1?key={SECRET}"),
+    JUDGE | {"extra_body": {"API-Key": SECRET}},
+    JUDGE | {"extra_body": {"user_config": {"models": [{"params": {"api_key": SECRET}}]}}},
+    JUDGE | {"extra_body": {"headers": {"Authorization": f"Bearer {SECRET}"}}},
   ],
 )
 def test_key_in_the_wrong_place_is_refused_without_repeating_it(teacher, tmp_path):

@@ -5,7 +5,7 @@ A YAML file plus `key=value` overrides become a `Config`; what is wrong becomes 
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
@@ -194,9 +194,9 @@ class Endpoint(Section):
   backoff: Positive = 1.0
   """Seconds before the first of these; they double each time, less a derived jitter of up to half."""
   max_wait: Positive = 60.0
-  """Longest wait in seconds; a question for which the server asks for more (Retry-After) has failed."""
+  """Seconds that backoff may grow to; a question for which the server asks for more (Retry-After) has failed."""
   reasks: Annotated[int, Field(ge=0)] = 2
-  """Times a question is asked again when its answer cannot be read."""
+  """Times a question is asked again when its answer cannot be read: while judging ahead, and as often by `judge`."""
   max_failure_rate: Share = 0.05
   """Share of failed questions above which judging stops, of those sent so far (of 40, while they are fewer)."""
   limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
@@ -206,7 +206,7 @@ class Endpoint(Section):
   output_price: Annotated[float, Field(ge=0)] = 0.0
   """Price of a million output tokens."""
   budget: Positive | None = None
-  """Most that this run may spend here, in that currency; judging stops before a request that could exceed it."""
+  """Most that this run may spend on this teacher, in that currency; it stops before a request that could exceed it."""
 
   @model_validator(mode="after")
   def _usable(self):
@@ -246,9 +246,16 @@ class ChatTeacher(Section):
     for field in ("model", "messages", "temperature", "max_tokens", "max_completion_tokens", "n", "stream"):
       if field in self.extra_body:
         raise ValueError(f"extra_body must not hold {field!r}, which is set elsewhere or would break the accounting")
-    if secrets := [name for name in self.extra_body if re.fullmatch("(?i).*(api_?key|secret|authorization).*", name)]:
-      raise ValueError(f"extra_body must not hold {secrets[0]!r}: a key belongs in an environment variable")
+    for name in _names(self.extra_body):
+      if re.search("(?i)api[-_]?key|secret|password|authorization|access[-_]?token|bearer", name):
+        raise ValueError(f"extra_body must not hold {name!r}: a key belongs in an environment variable")
     return self
+
+
+def _names(value: Any) -> Iterator[str]:
+  """The names of all fields, however deep."""
+  for name, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    yield from [str(name), *_names(part)]
 
 
 class JudgeTeacher(ChatTeacher):

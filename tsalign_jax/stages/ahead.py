@@ -1,7 +1,7 @@
 """Judging ahead: a teacher behind a network is asked about complete prompts while others are still being sampled.
 
 Its answers go into the verdict store, where the stage `judge` finds them. So nothing that a run writes depends on how
-far this came, and nothing is paid for twice.
+far this came, and no answer is paid for twice; a question whose answers could not be read is asked again by `judge`.
 """
 
 import contextlib
