@@ -1,7 +1,9 @@
 """What `tsalign verdicts` prints."""
 
 import asyncio
+import contextlib
 import json
+import sqlite3
 from io import StringIO
 
 import pytest
@@ -125,6 +127,15 @@ def test_bill_shows_requests_tokens_and_cost_also_before_anything_is_judged(run,
   assert ["judge", "3", "300", "30", "2.7500"] in printed
   assert ["answered", "2", "300", "30", "0.7500"] in printed and ["sent", "1", "0", "0", "2.0000"] in printed
   assert "the most that it can have cost" in " ".join(" ".join(line) for line in printed)
+
+
+def test_files_of_a_run_that_was_killed_as_it_made_them_hold_nothing(tmp_path):
+  (tmp_path / "config.yaml").write_text("run: x\n")
+  for name in (FILE, STORE):
+    with contextlib.closing(sqlite3.connect(tmp_path / name)) as half:
+      half.execute("PRAGMA journal_mode = WAL")
+  with pytest.raises(UserError, match="nothing has been judged yet"):
+    verdict_tables(tmp_path)
 
 
 def test_run_without_verdicts_is_said_so(tmp_path):

@@ -1,5 +1,6 @@
 """SQLite files that survive a killed process and are shared by several."""
 
+import contextlib
 import sqlite3
 import time
 from pathlib import Path
@@ -45,6 +46,10 @@ def _write_ahead(connection: sqlite3.Connection) -> None:
     time.sleep(0.01)
 
 
-def read_database(file: Path) -> sqlite3.Connection:
-  """A connection that only reads."""
-  return sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", timeout=PATIENCE, uri=True)
+def read_database(file: Path, table: str, query: str) -> list[tuple]:
+  """What a query of this table gives, without writing; nothing where there is no file yet, or no such table in it."""
+  if not file.is_file():
+    return []
+  with contextlib.closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", timeout=PATIENCE, uri=True)) as opened:
+    known = opened.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone()
+    return opened.execute(query).fetchall() if known else []

@@ -141,13 +141,7 @@ class ScoreStore:
 
 def scored(file: Path) -> list[Scored]:
   """What a store's reward models have scored, each by itself; nothing if there is no store or no score in it."""
-  if not file.is_file():
-    return []
-  database = read_database(file)
-  known = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'scores'").fetchone()
-  rows = database.execute(f"{_TOTAL} GROUP BY 1 ORDER BY 1").fetchall() if known else []
-  database.close()
-  return [_scored(*row) for row in rows]
+  return [_scored(*row) for row in read_database(file, "scores", f"{_TOTAL} GROUP BY 1 ORDER BY 1")]
 
 
 def _scored(teacher: str, responses: int, tokens: float, cut: float, seconds: float) -> Scored:
