@@ -92,6 +92,7 @@ MEANS = [
   ([(F, 0.9), (S, 0.3), (S, 0.4)], F, 0.533),
   ([(F, 0.9), (S, 0.0), (I, None)], S, 0.467),
   ([(F, None), (S, None)], T, 0.5),
+  ([(F, 0.7), (F, 0.6), (S, 0.2)], T, 0.5),  # whatever the order in which they are added up
   ([(I, 0.95), (S, 0.3)], S, 0.4),  # what contradicts itself decides nothing
   ([(I, 0.95), (T, None)], T, 0.5),
   ([(I, 0.6), (I, 0.6)], I, 0.5),
@@ -104,8 +105,9 @@ MEANS = [
 
 @pytest.mark.parametrize(("votes", "verdict", "probability"), MEANS)
 def test_mean_takes_the_side_on_which_the_probabilities_lie(votes, verdict, probability):
-  found = mean([Judgement(*vote) for vote in votes])
-  assert found == (verdict, probability and pytest.approx(probability, abs=1e-3))
+  for order in itertools.permutations(votes):
+    found = mean([Judgement(*vote) for vote in order])
+    assert found == (verdict, probability and pytest.approx(probability, abs=1e-3))
 
 
 def test_evidence_holds_every_member_and_their_agreement():

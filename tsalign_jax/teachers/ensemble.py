@@ -8,6 +8,7 @@ and no pair is lost to a failure that could not have decided it.
 import contextlib
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -125,7 +126,7 @@ def mean(judgements: Sequence[Judgement]) -> tuple[Verdict, float | None]:
   undecided = sum(each.verdict == Verdict.INCONSISTENT for each in judgements)
   if undecided + failed == len(judgements):
     return (Verdict.ERROR, None) if failed else (Verdict.INCONSISTENT, 0.5)
-  least = sum(_probability(each) for each in judgements if each.verdict != Verdict.ERROR) / len(judgements)
+  least = math.fsum(_probability(each) for each in judgements if each.verdict != Verdict.ERROR) / len(judgements)
   most = least + failed / len(judgements)
   if least > 0.5:
     return Verdict.FIRST, _mean(judgements)
@@ -136,7 +137,7 @@ def mean(judgements: Sequence[Judgement]) -> tuple[Verdict, float | None]:
 
 def _mean(judgements: Sequence[Judgement]) -> float | None:
   known = [_probability(each) for each in judgements if each.verdict != Verdict.ERROR]
-  return sum(known) / len(known) if known else None
+  return math.fsum(known) / len(known) if known else None
 
 
 def _probability(judgement: Judgement) -> float:
