@@ -1,10 +1,13 @@
 """The llm_judge teacher against a server that fails on command: verdicts, retries, stops, money, and the key."""
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import math
 import re
+import socket
+import sqlite3
 import time
 
 import pytest
@@ -12,6 +15,7 @@ from chat_server import FAULTS, REFUSALS, TRANSIENT, UNREADABLE, completion
 from chat_server import truth as honest
 from teachers.asked import KEY, Waits, judge, pair, pairs, rows, truth
 
+from tsalign_jax.teachers.store import VerdictStore
 from tsalign_jax.types import UserError, Verdict
 
 PRICES = {"input_price": 1000.0, "output_price": 1000.0}  # an answer of the test server costs 0.11
@@ -136,6 +140,22 @@ def test_nothing_listens(server, tmp_path):
   assert found == [("unreached", 7, 0.0)]  # whom nobody heard, nobody charges
 
 
+def test_nobody_accepts_connections(server, tmp_path):
+  """As behind a firewall: a connection is neither made nor refused."""
+  with socket.socket() as deaf, contextlib.ExitStack() as waiting:
+    deaf.bind(("127.0.0.1", 0))
+    deaf.listen(0)
+    for _ in range(2):  # fill the queue of those that nobody accepts
+      line = waiting.enter_context(socket.socket())
+      line.setblocking(False)
+      line.connect_ex(deaf.getsockname())
+    on = {**PRICES, "base_url": f"http://127.0.0.1:{deaf.getsockname()[1]}/v1", "timeout": 0.6, "retries": 1}
+    with judge(server, tmp_path, both_orders=False, on=on) as teacher:
+      assert teacher.judge([pair(1, 2)])[0].verdict == Verdict.ERROR
+  found = rows(tmp_path / "ledger.sqlite", "SELECT outcome, count(*), total(cost) FROM attempts GROUP BY 1")
+  assert found == [("unreached", 2, 0.0)]
+
+
 @pytest.mark.parametrize("status", REFUSALS)
 def test_refusal_stops_at_once_with_the_servers_message_and_keeps_what_was_under_way(status, server, tmp_path):
   server.reset([status])
@@ -144,6 +164,8 @@ def test_refusal_stops_at_once_with_the_servers_message_and_keeps_what_was_under
   with pytest.raises(UserError, match=message) as error, judge(server, tmp_path, on={"concurrency": 4}) as teacher:
     teacher.judge(pairs(30))
   assert KEY not in str(error.value)
+  (refused,) = (request for request in server.log if request.fault)
+  assert re.search(r"about the prompt '(Question .\?)'", str(error.value))[1] in refused.content
   assert len(server.log) == 4  # sent at once; nothing was sent after the refusal
   assert len(rows(tmp_path / "verdicts.sqlite", "SELECT * FROM answers")) == len(server.charged) == 3
 
@@ -366,11 +388,21 @@ def test_logprobs_that_nobody_asked_for_and_nobody_can_read_cost_no_answer(serve
   assert len(server.log) == len(strange)
 
 
-@pytest.mark.parametrize("answer", [completion("A"), logprobs("A", X=1.0), logprobs("AB", A=1.0)])
+@pytest.mark.parametrize(
+  "answer", [completion("A"), logprobs("A", X=1.0), logprobs("AB", A=1.0), logprobs("A", A=math.exp(700.0))]
+)
 def test_answer_without_the_logprobs_asked_for_is_an_error(answer, server, tmp_path):
   server.answer = lambda content: answer
   with judge(server, tmp_path, verdict="logprobs", both_orders=False) as teacher:
     assert teacher.judge([pair(2, 1)])[0].verdict == Verdict.ERROR
+
+
+@pytest.mark.parametrize("open_end", ["<think>[[A]] or", "So.</think> No, <think>[[A]]"])
+def test_thoughts_that_do_not_end_are_no_verdict(open_end, server, tmp_path):
+  server.answer = lambda content: open_end
+  with judge(server, tmp_path, template="mt_bench", both_orders=False) as teacher:
+    judgement = teacher.judge([pair(2, 1)])[0]
+  assert judgement.verdict == Verdict.ERROR and "in the middle of its thoughts" in str(judgement.evidence)
 
 
 def test_answer_withheld_by_a_filter_is_an_error(server, tmp_path):
@@ -411,6 +443,32 @@ def test_interrupt_does_not_wait_for_the_server(server, tmp_path):
     raise KeyboardInterrupt
   assert time.monotonic() - started < 30
   assert {outcome for (outcome,) in rows(tmp_path / "ledger.sqlite", "SELECT outcome FROM attempts")} == {"sent"}
+
+
+@pytest.mark.parametrize(
+  ("trouble", "said"),
+  [
+    (sqlite3.OperationalError("disk is full"), r"stored \(disk is full\); .*verdicts.sqlite and .*ledger.sqlite"),
+    (RuntimeError("a mistake of ours"), "a mistake of ours"),
+  ],
+)
+def test_trouble_with_an_answer_stops_all_and_nobody_waits_for_its_end(trouble, said, server, tmp_path, monkeypatch):
+  """With room in the budget for one request at a time, so that all others wait for the first one's end."""
+  put, room = VerdictStore.put, iter([True, True])
+
+  def fill(self, *answer):
+    if not next(room, False):
+      raise trouble
+    return put(self, *answer)
+
+  on = {**PRICES, "budget": 3.0, "concurrency": 4}
+  with judge(server, tmp_path, on=on, max_tokens=5) as teacher:
+    monkeypatch.setattr(VerdictStore, "put", fill)
+    raised = [teacher.submit([pair(1, 2, n)]).exception for n in range(4)]
+    errors = [error for each in raised if (error := each(timeout=30))]
+    assert len(errors) >= 3 and any(re.search(said, str(error)) for error in errors)
+  assert rows(tmp_path / "verdicts.sqlite", "SELECT count(*) FROM answers") == [(2,)]
+  assert rows(tmp_path / "ledger.sqlite", "SELECT count(*) FROM attempts WHERE outcome = 'answered'") == [(2,)]
 
 
 def test_file_that_is_no_store_is_named(server, tmp_path):

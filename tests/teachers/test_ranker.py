@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from chat_server import UNREADABLE
+from chat_server import UNREADABLE, completion
 from teachers.asked import pair, prompt, ranker, rows
 
 from tsalign_jax.types import CandidateList, Demonstration, UserError, Verdict
@@ -34,6 +34,22 @@ def test_what_is_no_permutation_is_an_error(fault, server, tmp_path):
     ranking = teacher.rank(prompt(), RESPONSES)
   assert ranking.order is None and ranking.evidence["failure"]
   assert len(server.log) == 3
+
+
+@pytest.mark.parametrize(
+  ("answer", "said"),
+  [
+    (completion("[2] > [4] > [1] > [3]", finish_reason="length"), "cut off by max_tokens"),
+    (completion("[2] > [4] > [1] > [3]", finish_reason="content_filter"), "content filter"),
+    (completion("<think>Perhaps [2] > [4]"), "in the middle of its thoughts"),
+    (completion("<think>" + "hm " * 99 + "</think>I cannot."), "4 responses: 'I cannot.'"),
+  ],
+)
+def test_what_went_wrong_is_said(answer, said, server, tmp_path):
+  server.answer = lambda content: answer
+  with ranker(server, tmp_path) as teacher:
+    ranking = teacher.rank(prompt(), RESPONSES)
+  assert ranking.order is None and said in ranking.evidence["failure"]
 
 
 def test_dynamic_demonstrations_are_shown_and_are_part_of_the_question(server, tmp_path):

@@ -15,6 +15,7 @@ import asyncio
 import dataclasses
 import hashlib
 import json
+import sqlite3
 import threading
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from concurrent.futures import Future
@@ -26,6 +27,7 @@ from tsalign_jax.teachers import ledger
 from tsalign_jax.teachers.backoff import delay
 from tsalign_jax.teachers.chat import ChatClient, Clock, Reply, Trouble
 from tsalign_jax.teachers.ledger import UNKNOWN_COST, Ledger, Outcome, OverBudget, cost_of, worst_cost
+from tsalign_jax.teachers.parse import shortened
 from tsalign_jax.teachers.store import STORE, Answer, Price, VerdictStore
 from tsalign_jax.types import Conversation, UserError
 
@@ -39,6 +41,7 @@ class Question:
   """What is asked, and how a reply is read: an `Answer`, or in words why it cannot be read."""
 
   messages: Conversation
+  about: str  # the prompt, as a person would find it again
   read: Callable[[Reply], Answer | str]
   fields: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the request, beside the usual ones
 
@@ -61,8 +64,9 @@ class Asker:
 
   def open(self) -> None:
     """Opens the store and the ledger, and starts the thread."""
-    self._store = VerdictStore(self._settings.store or self._run / STORE)
-    self._ledger = Ledger(self._run / ledger.FILE, self._identity, self._endpoint.budget, self._clock.now)
+    files = self._settings.store or self._run / STORE, self._run / ledger.FILE
+    self._store, self._files = VerdictStore(files[0]), " and ".join(map(str, files))
+    self._ledger = Ledger(files[1], self._identity, self._endpoint.budget, self._clock.now)
     self._slots = asyncio.Semaphore(self._endpoint.concurrency)
     self._pending: dict[str, asyncio.Task] = {}  # a question that is asked twice at the same time is asked once
     self._sending: set[asyncio.Task] = set()
@@ -121,6 +125,11 @@ class Asker:
       if self._stopped:  # whoever waits for this one hears why
         raise self._stopped from None
       raise
+    except sqlite3.Error as error:
+      self._stop(
+        f"{self._where}: answers cannot be stored ({error}); every answer so far is kept: make room for {self._files} "
+        "and run the same command again"
+      )
 
   async def _buy(self, key: str, question: Question) -> Answer | Failure:
     async with self._slots:
@@ -133,7 +142,10 @@ class Asker:
         if isinstance(result, Answer):
           return result
         if result.outcome == Outcome.REFUSED:
-          self._stop(f"{self._where}: {self._endpoint.base_url} refused a request ({result.message})")
+          self._stop(
+            f"{self._where}: {self._endpoint.base_url} refused a request ({result.message}), about the prompt "
+            f"{shortened(question.about)}; every answer so far is kept: mend it there and run the same command again"
+          )
         if result.outcome == Outcome.MALFORMED:
           unreadable += 1
           if unreadable > self._endpoint.reasks:
@@ -151,6 +163,12 @@ class Asker:
     """One request. A readable answer is in the store before the ledger knows what it cost, and only then returned."""
     worst = worst_cost(question.messages, self._settings)
     number = await self._reserve(key, worst)
+    try:
+      return await self._bought(number, key, question, worst)
+    finally:
+      self._ledger.abandon(number)  # where it was not settled, so that no other request waits for its end
+
+  async def _bought(self, number: int, key: str, question: Question, worst: float) -> Answer | Trouble:
     reply = await self._send(question)
     if isinstance(reply, Trouble):
       unknown = reply.outcome in (*UNKNOWN_COST, Outcome.MALFORMED)

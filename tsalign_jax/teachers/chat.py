@@ -64,7 +64,7 @@ class ChatClient:
     """The server's reply to a request, tried once. MALFORMED is a reply that is not a chat completion."""
     if self._client is None:  # made here, as it belongs to the event loop that it is used on
       self._client = openai.AsyncOpenAI(
-        base_url=self._endpoint.base_url, api_key=self._key, timeout=self._endpoint.timeout, max_retries=0
+        base_url=self._endpoint.base_url, api_key=self._key, timeout=self._patience(), max_retries=0
       )
     try:
       # The client's own time-out is for each read, and a server that drips a byte at a time never exceeds it.
@@ -91,6 +91,11 @@ class ChatClient:
     if self._client is not None:
       await self._client.close()
       self._client = None
+
+  def _patience(self) -> openai.Timeout:
+    """Of connecting, less than of all: whoever was never reached is not to be counted among those who may charge."""
+    whole = self._endpoint.timeout
+    return openai.Timeout(whole, connect=whole / 2)
 
   def _late(self) -> Trouble:
     return Trouble(Outcome.TIMED_OUT, f"no complete answer within {self._endpoint.timeout:g} s")
@@ -174,7 +179,7 @@ class _Message(pydantic.BaseModel):
 
 class _Alternative(pydantic.BaseModel):
   token: str
-  logprob: float
+  logprob: float = pydantic.Field(lt=1.0)  # it may be rounded to a little more than 0
 
 
 class _Token(_Alternative):

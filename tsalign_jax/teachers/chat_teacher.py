@@ -12,11 +12,12 @@ from typing import Any, Self
 from tsalign_jax.config import ChatTeacher as Settings
 from tsalign_jax.teachers.asking import Asker, Failure, Question
 from tsalign_jax.teachers.base import Teacher, Work
-from tsalign_jax.teachers.chat import Clock
+from tsalign_jax.teachers.chat import Clock, Reply
+from tsalign_jax.teachers.parse import shortened, without_thoughts
 from tsalign_jax.teachers.store import Answer
 from tsalign_jax.types import CandidatePair, Judgement, Prompt, Verdict
 
-RULES = 1  # to be raised when answers are read by other rules, so that those read before are not taken for new ones
+RULES = 2  # to be raised when answers are read by other rules, so that those read before are not taken for new ones
 AS_SHOWN = {"A": Verdict.FIRST, "B": Verdict.SECOND, "C": Verdict.TIE}
 SWAPPED = {"A": Verdict.SECOND, "B": Verdict.FIRST, "C": Verdict.TIE}
 
@@ -113,6 +114,17 @@ class ChatTeacher(Teacher):
 
 def _draw(prompt: Prompt, text: str) -> bytes:
   return hashlib.sha256(json.dumps([prompt.messages, text]).encode()).digest()
+
+
+def incomplete(reply: Reply) -> str | None:
+  """Why a reply holds no whole answer, in words; None if it does."""
+  if reply.finish == "length":
+    return f"the answer was cut off by max_tokens: {shortened(reply.text)}"
+  if reply.finish == "content_filter":
+    return "the answer was withheld by a content filter"
+  if "<think>" in without_thoughts(reply.text):
+    return f"the answer ends in the middle of its thoughts: {shortened(reply.text)}"
+  return None
 
 
 EQUAL = Judgement(Verdict.TIE, 0.5, {"equal": True})  # equal responses need no opinion

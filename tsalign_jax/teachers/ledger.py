@@ -78,18 +78,26 @@ class Ledger:
     return number
 
   def settle(self, number: int, outcome: Outcome, price: Price) -> None:
-    """Records what became of a request; on disk before this returns."""
+    """Records what became of a request; committed before this returns."""
     row = (outcome, price.input_tokens, price.output_tokens, price.cost, number)
     columns = "outcome = ?, input_tokens = ?, output_tokens = ?, cost = ?"
     self._database.execute(f"UPDATE attempts SET {columns} WHERE id = ?", row)
-    del self._open[number]
-    self.spent += price.cost
+    self._close(number, price.cost)
     self.tokens += (price.input_tokens or 0) + (price.output_tokens or 0)
-    self._settled.set()
+
+  def abandon(self, number: int) -> None:
+    """Waits no longer for a request that nobody will settle: it stays SENT, at its worst."""
+    if number in self._open:
+      self._close(number, self._open[number])
 
   def close(self) -> None:
     """Closes the file."""
     self._database.close()
+
+  def _close(self, number: int, cost: float) -> None:
+    del self._open[number]
+    self.spent += cost
+    self._settled.set()
 
 
 def worst_cost(messages: Conversation, settings: ChatTeacher) -> float:
@@ -117,10 +125,6 @@ class Account(NamedTuple):
 
 def accounts(file: Path) -> list[Account]:
   """What a ledger holds, by teacher and outcome; nothing if there is no ledger."""
-  if not file.is_file():
-    return []
   totals = "count(*), total(input_tokens), total(output_tokens), total(cost)"
-  database = read_database(file)
-  rows = database.execute(f"SELECT teacher, outcome, {totals} FROM attempts GROUP BY 1, 2 ORDER BY 1, 2").fetchall()
-  database.close()
+  rows = read_database(file, "attempts", f"SELECT teacher, outcome, {totals} FROM attempts GROUP BY 1, 2 ORDER BY 1, 2")
   return [Account(name, Outcome(what), count, int(i), int(o), cost) for name, what, count, i, o, cost in rows]

@@ -6,8 +6,8 @@ from pathlib import Path
 from tsalign_jax.config import JudgeTeacher
 from tsalign_jax.teachers.asking import Question
 from tsalign_jax.teachers.chat import Clock, Reply
-from tsalign_jax.teachers.chat_teacher import ChatTeacher
-from tsalign_jax.teachers.parse import find_letter, find_mark, letter_probabilities, without_thoughts
+from tsalign_jax.teachers.chat_teacher import ChatTeacher, incomplete
+from tsalign_jax.teachers.parse import find_letter, find_mark, letter_probabilities, shortened, without_thoughts
 from tsalign_jax.teachers.store import Answer
 from tsalign_jax.teachers.templates import load_template
 from tsalign_jax.types import Prompt
@@ -30,19 +30,17 @@ class LLMJudge(ChatTeacher):
     """The template with this prompt and these responses."""
     messages = self._template.fill(prompt=prompt.messages, first=first, second=second)
     extra = {"logprobs": True, "top_logprobs": ALTERNATIVES} if self._by_logprobs else {}
-    return Question(messages, self._read, extra)
+    return Question(messages, prompt.messages[-1]["content"], self._read, extra)
 
   def _read(self, reply: Reply) -> Answer | str:
     text = without_thoughts(reply.text).strip()
     found = FORMATS[self._template.answer](text)
     # A letter alone is whole even where the limit cut what followed, if what counts is its probability.
-    whole = self._by_logprobs and self._template.answer == "letter"
-    if reply.finish == "length" and not (found and whole):
-      return f"the answer was cut off by max_tokens: {_shown(reply.text)}"
-    if reply.finish == "content_filter":
-      return "the answer was withheld by a content filter"
+    whole = found and self._by_logprobs and self._template.answer == "letter" and reply.finish == "length"
+    if not whole and (missing := incomplete(reply)):
+      return missing
     if not found:
-      return f"the answer holds no clear verdict: {_shown(reply.text)}"
+      return f"the answer holds no clear verdict: {shortened(text)}"
     if not self._by_logprobs:
       return Answer(found[0], None, reply.text)
     if reply.tokens is None:
@@ -53,11 +51,7 @@ class LLMJudge(ChatTeacher):
 def _by_probability(mass: dict[str, float] | None, reply: Reply) -> Answer | str:
   total = math.fsum(mass.values()) if mass else 0.0
   if not (mass and total > 0 and math.isfinite(total)):
-    return f"no log-probabilities stand at the verdict: {_shown(reply.text)}"
+    return f"no log-probabilities stand at the verdict: {shortened(reply.text)}"
   best = max(mass.values())
   likeliest = [letter for letter in "ABC" if mass[letter] == best]
   return Answer(likeliest[0] if len(likeliest) == 1 else "C", (mass["A"] + mass["C"] / 2) / total, reply.text)
-
-
-def _shown(text: str) -> str:
-  return repr(text if len(text) <= 80 else f"... {text[-80:]}")

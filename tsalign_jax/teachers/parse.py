@@ -23,6 +23,11 @@ class Token(NamedTuple):
   alternatives: Sequence[tuple[str, float]]
 
 
+def shortened(text: str) -> str:
+  """A text in quotes, and of a long one what it ends with: that is where answers have their verdict."""
+  return repr(text if len(text) <= 80 else f"... {text[-80:]}")
+
+
 def without_thoughts(text: str) -> str:
   """What follows the last </think>: a reasoning model's answer without its reasoning."""
   return text.rpartition("</think>")[2]

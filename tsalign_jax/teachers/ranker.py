@@ -14,8 +14,8 @@ from tsalign_jax.config import RankerTeacher
 from tsalign_jax.data.files import conversation, read_rows
 from tsalign_jax.teachers.asking import Failure, Question
 from tsalign_jax.teachers.chat import Clock, Reply
-from tsalign_jax.teachers.chat_teacher import ChatTeacher
-from tsalign_jax.teachers.parse import read_ranking, without_thoughts
+from tsalign_jax.teachers.chat_teacher import ChatTeacher, incomplete
+from tsalign_jax.teachers.parse import read_ranking, shortened, without_thoughts
 from tsalign_jax.teachers.store import Answer
 from tsalign_jax.teachers.templates import load_template
 from tsalign_jax.types import CandidateList, Demonstration, Prompt, Ranking, UserError
@@ -66,12 +66,15 @@ class Ranker(ChatTeacher):
     messages = self._template.fill(prompt=prompt, responses=responses, demonstrations=demonstrations)
 
     def read(reply: Reply) -> Answer | str:
-      order = None if reply.finish == "length" else read_ranking(without_thoughts(reply.text), len(responses))
+      if missing := incomplete(reply):
+        return missing
+      text = without_thoughts(reply.text).strip()
+      order = read_ranking(text, len(responses))
       if order is None:
-        return f"the answer is not a ranking of {len(responses)} responses: {reply.text[:80]!r}"
+        return f"the answer is not a ranking of {len(responses)} responses: {shortened(text)}"
       return Answer(" > ".join(str(index + 1) for index in order), None, reply.text)
 
-    return Question(messages, read)
+    return Question(messages, prompt[-1]["content"], read)
 
 
 def read_demonstrations(source: str) -> list[Demonstration]:
