@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -239,3 +240,26 @@ def test_batches_hold_no_more_tokens_than_they_may(tmp_path, one_device):
   batches = list(Alike(engine, items, len(items), 8192, engine.steps).batches(range(len(items))))
   assert sorted(place for _, places in batches for place in places if place >= 0) == [*range(len(items))]
   assert all(batch.trunk.size + batch.branches.size <= 8192 for batch, _ in batches)
+
+
+@pytest.mark.parametrize(("prompts", "batch_tokens"), [(64, 4096), (512, 16384)])
+def test_responses_of_widely_different_lengths_need_few_programs(prompts, batch_tokens, tmp_path, one_device):
+  """Half of them capped, all of some length, or anything in between: a program has work for several batches."""
+  decoder_folder(tmp_path, "llama")
+  settings = Student(path=tmp_path, dtype="float32", batch_tokens=batch_tokens)
+  engine, random = build_reward_engine(reward_model(settings), one_device, settings), np.random.default_rng(0)
+  some = {
+    "ragged": lambda: min(512, 2 + int(random.lognormal(5, 0.7))),
+    "capped": lambda: 512 if random.random() < 0.5 else min(512, 2 + int(random.lognormal(5, 0.7))),
+    "alike": lambda: int(random.integers(80, 110)),
+  }
+  for kind, length in some.items():
+    lengths = [(min(512, 2 + int(random.lognormal(5, 0.6))), [length() for _ in range(8)]) for _ in range(prompts)]
+    items = [Encoded([5] * prompt, [[6] * each for each in rows], [], [False] * 8) for prompt, rows in lengths]
+    units = [unit for *_, unit in engine._units(items)]
+    batches = [batch for batch, _ in engine._batches(units)]
+    shapes = {tuple(map(np.shape, jax.tree.leaves(batch))) for batch in batches}
+    assert len(shapes) <= max(8, len(batches) // 3), kind
+    if kind == "ragged":
+      padded = sum(batch.tokens.size for batch in batches)
+      assert len(shapes) <= 2 and padded < 1.6 * sum(prompt + sum(rows) for prompt, rows in lengths)

@@ -26,8 +26,8 @@ from tsalign_jax.types import Branches, Conversation, Packed, UserError
 
 FEW = 4  # responses to a prompt that go into packed rows, where the model is a decoder
 ROOM = 1.1  # of packed rows, for what is left over in them
-FEW_BATCHES = 16  # come together where a program for each width would cost more than it spares
-COARSE = 4  # steps of widths for these
+SERVED = 4  # batches that a program for narrow steps of widths has to serve, so that it spares more than it costs
+COARSE = 4  # steps of widths for fewer
 
 
 class Rows(NamedTuple):
@@ -98,8 +98,13 @@ class RewardEngine(abc.ABC):
     """
 
   @abc.abstractmethod
+  def widths(self, items: Sequence[Encoded], steps: int) -> tuple[int, int]:
+    """What each of these items takes in a batch of them: columns of its prompt, and of each response."""
+
   def tokens(self, items: Sequence[Encoded], steps: int) -> int:
     """Tokens that each of these items takes in a batch of them, padding included."""
+    prompt, response = self.widths(items, steps)
+    return prompt + len(items[0].responses) * response
 
   @abc.abstractmethod
   def rewards(self, module, batch) -> Float[Array, "*places k"]:
@@ -111,8 +116,11 @@ class RewardEngine(abc.ABC):
 
   def lay_out(self, items: Sequence[Encoded], at_once: int, tokens: int) -> Batches:
     """Batches of at most `tokens` tokens for items with the same number of responses; `at_once` come together."""
-    batches = at_once * sum(self.tokens([item], self.steps) for item in items) / len(items) / tokens
-    return Alike(self, items, at_once, tokens, self.steps if batches > FEW_BATCHES else COARSE)
+    narrow = Alike(self, items, at_once, tokens, self.steps)
+    shapes = [
+      (self.widths([items[index] for index in part], self.steps), size) for part, size in narrow.parts(range(at_once))
+    ]
+    return narrow if SERVED * len(set(shapes)) <= len(shapes) else narrow._replace(steps=COARSE)
 
   def score(self, params: Params, items: Sequence[Encoded]) -> Iterator[tuple[int, list[float]]]:
     """(index of the item, its scores), in batches of like width, so that they hold little padding."""
@@ -158,16 +166,21 @@ class Alike(NamedTuple):
 
   def batches(self, indices: Sequence[int]) -> Iterator[tuple[Any, Int[np.ndarray, " batch"]]]:
     """Batches, and which item is in which row: -1 where there is none."""
+    for part, size in self.parts(indices):
+      empty = size - len(part)
+      batch = self.engine.collate([self.items[index] for index in part + part[:1] * empty], self.steps)
+      yield batch, np.asarray(part + [-1] * empty)
+
+  def parts(self, indices: Sequence[int]) -> Iterator[tuple[list[int], int]]:
+    """The items of each batch, and how many it has room for."""
     left = sorted(indices, key=lambda index: (-self._tokens([index]), index))
     while left:
       most = min(self.tokens // self._tokens(left[:1]), self.at_once)
       while most > 1 and most * self._tokens(left[:most]) > self.tokens:  # the longest prompt is not the first one's
         most //= 2
       size = part_size(len(left), most, batch_ways(self.engine.mesh))
-      part, left = left[:size], left[size:]
-      empty = size - len(part)
-      batch = self.engine.collate([self.items[index] for index in part + part[:1] * empty], self.steps)
-      yield batch, np.asarray(part + [-1] * empty)
+      yield left[:size], size
+      left = left[size:]
 
   def _tokens(self, indices: Sequence[int]) -> int:
     return self.engine.tokens([self.items[index] for index in indices], self.steps)
@@ -197,19 +210,14 @@ class DecoderEngine(RewardEngine):
       return Encoded(trunk, branches, [], cut)
     return Encoded([], [(trunk[-max(1, self.limit - len(row)) :] + row)[: self.limit] for row in branches], [], cut)
 
-  def tokens(self, items: Sequence[Encoded], steps: int) -> int:
-    """The trunk and all branches."""
-    prompt, response = self._widths(items, steps)
-    return prompt + len(items[0].responses) * response
-
   def collate(self, items: Sequence[Encoded], steps: int) -> Branches:
     """Trunks and branches, each with a width of their own."""
     return make_branches(
-      [item.prompt for item in items], [item.responses for item in items], *self._widths(items, steps)
+      [item.prompt for item in items], [item.responses for item in items], *self.widths(items, steps)
     )
 
-  def _widths(self, items: Sequence[Encoded], steps: int) -> tuple[int, int]:
-    """Of prompts and of responses."""
+  def widths(self, items: Sequence[Encoded], steps: int) -> tuple[int, int]:
+    """Those of the longest prompt and of the longest response."""
     prompts = (len(item.prompt) for item in items)
     responses = (len(response) for item in items for response in item.responses)
     return bucket(max(prompts), steps), bucket(max(responses), steps)
@@ -234,7 +242,10 @@ class DecoderEngine(RewardEngine):
     return Packing(packed, at_once, tokens, batch_ways(self.mesh), roomy=True)
 
   def _units(self, items: Sequence[Encoded]) -> Iterator[tuple[int, Sequence[int], Encoded]]:
-    """Whole items where few tokens pad them; else a few responses of like lengths each, with a prompt of their own."""
+    """Whole items where few tokens pad them; else a few responses of like lengths each, with a prompt of their own.
+
+    A response attends to its prompt and to itself, but in packed rows to all of its row.
+    """
     parts = [_by_length(item) for item in items]
     tokens = [
       len(item.prompt) + sum(len(item.responses[k]) for k in part)
@@ -242,7 +253,8 @@ class DecoderEngine(RewardEngine):
       for part in of
     ]
     length = row_length(max(tokens, default=0))
-    divided = ROOM * row_cost(sum(tokens), length) < sum(self.tokens([item], self.steps) for item in items)
+    whole = sum(row_cost(self.tokens([item], self.steps), sum(self.widths([item], self.steps))) for item in items)
+    divided = ROOM * row_cost(sum(tokens), length) < whole
     for index, (item, of) in enumerate(zip(items, parts, strict=True)):
       for part in of if divided else [range(len(item.responses))]:
         responses, cut = ([values[k] for k in part] for values in (item.responses, item.cut))
@@ -288,13 +300,9 @@ class EncoderEngine(RewardEngine):
     """The characters of each token."""
     return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 
-  def tokens(self, items: Sequence[Encoded], steps: int) -> int:
-    """A row for each response."""
-    return len(items[0].responses) * self._width(items, steps)
-
   def collate(self, items: Sequence[Encoded], steps: int) -> Rows:
     """Rows of one width."""
-    length = self._width(items, steps)
+    _, length = self.widths(items, steps)
     shape = (len(items), len(items[0].responses))
     rows = [row for item in items for row in item.responses]
     types = [row for item in items for row in item.types]
@@ -305,8 +313,9 @@ class EncoderEngine(RewardEngine):
       lengths.reshape(shape),
     )
 
-  def _width(self, items: Sequence[Encoded], steps: int) -> int:
-    return min(bucket(max(item.width for item in items), steps), self.limit)
+  def widths(self, items: Sequence[Encoded], steps: int) -> tuple[int, int]:
+    """No prompt of its own, and the longest prompt with its response."""
+    return 0, min(bucket(max(item.width for item in items), steps), self.limit)
 
   def rewards(self, module, batch: Rows) -> Float[Array, "batch k"]:
     """The reward of each row."""
