@@ -56,13 +56,23 @@ def test_each_device_gets_the_key_heads_that_its_query_heads_need(one_device, mo
   packed, _ = packed_rows(ragged_items(3, count=30, k=2))
   monkeypatch.setattr(fused, "IMPLEMENTATION", "xla")
   monkeypatch.setattr(fused, "applies", lambda *_: True)
-  kernel, heads = jax.nn.dot_product_attention, []
-  monkeypatch.setattr(
-    jax.nn, "dot_product_attention", lambda q, k, v, **how: heads.append(k.shape[2]) or kernel(q, k, v, **how)
-  )
+  kernel, heads, parts = jax.nn.dot_product_attention, [], []
+
+  def seen(*tensors, mask, **how):
+    heads.append(tensors[1].shape[2])
+    for tensor in (*tensors, mask):
+      jax.debug.inspect_array_sharding(
+        tensor, callback=lambda split, of=tensor.shape: parts.append(split.shard_shape(of))
+      )
+    return kernel(*tensors, mask=mask, **how)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", seen)
   meshes = (one_device, make_mesh(data=2, fsdp=1, tensor=4))
   alone, split = (attention(packed, MASKINGS["plain"], mesh, jnp.float32) for mesh in meshes)
   assert set(heads) == {2, 4}
+  rows, columns = packed.tokens.shape
+  of_each = (rows // 2, columns, 1, 16)  # the kernel refuses what is not split alike
+  assert parts[-4:] == [of_each, of_each, of_each, (rows // 2, 1, columns, columns)]
   jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-5), alone, split)
 
 
@@ -80,15 +90,18 @@ def test_the_kernel_on_a_gpu_equals_xla_to_rounding(masking, monkeypatch):
 
 
 def test_it_is_for_bfloat16_on_nvidia_with_heads_that_it_knows(one_device):
-  def mesh(platform, kind):
-    return types.SimpleNamespace(devices=np.asarray([types.SimpleNamespace(platform=platform, device_kind=kind)]))
+  def mesh(platform, kind, capability=None):
+    device = types.SimpleNamespace(platform=platform, device_kind=kind, compute_capability=capability)
+    return types.SimpleNamespace(devices=np.asarray([device]))
 
-  plain, hopper = Masking(0.1), mesh("gpu", "NVIDIA H200")
+  plain, hopper = Masking(0.1), mesh("gpu", "NVIDIA H200", "9.0")
   assert fused.applies(hopper, jnp.bfloat16, 64, plain)
   assert not fused.applies(hopper, jnp.float32, 64, plain)
   assert not fused.applies(hopper, jnp.bfloat16, 256, plain)
   assert not fused.applies(hopper, jnp.bfloat16, 60, plain)
   assert not fused.applies(hopper, jnp.bfloat16, 64, Masking(0.1, softcap=50.0))
+  assert fused.applies(mesh("gpu", "NVIDIA B200", "10.0"), jnp.bfloat16, 64, plain)
+  assert not fused.applies(mesh("gpu", "NVIDIA T4", "7.5"), jnp.bfloat16, 64, plain)
   assert not fused.applies(mesh("gpu", "AMD Instinct MI300X"), jnp.bfloat16, 64, plain)
   assert not fused.applies(mesh("tpu", "TPU v5e"), jnp.bfloat16, 64, plain)
   assert not fused.applies(one_device, jnp.bfloat16, 64, plain)

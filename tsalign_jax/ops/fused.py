@@ -9,19 +9,21 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from tsalign_jax.ops.heads import placed
 from tsalign_jax.ops.masking import Masking
-from tsalign_jax.parallel.mesh import is_nvidia, partition_spec
+from tsalign_jax.parallel.mesh import constrain_batch, is_nvidia
 
 LONGEST_HEAD = 128  # the limit of GPUs before Hopper
 IMPLEMENTATION = "cudnn"
-AXES = ("batch", None, "heads", None)
-KV_AXES = ("batch", None, "kv_heads", None)
+LEAST_CAPABILITY = 8.0  # of compute: Ampere and later
 
 
 def applies(mesh: Mesh | None, dtype, head_dim: int, masking: Masking) -> bool:
   """Whether the kernel computes attention on this mesh: in bfloat16, without soft cap, with heads that it knows."""
   knows = head_dim <= LONGEST_HEAD and head_dim % 8 == 0 and masking.softcap is None
-  return knows and dtype == jnp.bfloat16 and mesh is not None and is_nvidia(mesh)
+  if not (knows and dtype == jnp.bfloat16 and mesh is not None and is_nvidia(mesh)):
+    return False
+  return all(float(device.compute_capability) >= LEAST_CAPABILITY for device in mesh.devices.flat)
 
 
 def attend_packed(
@@ -33,9 +35,6 @@ def attend_packed(
   mesh: Mesh,
 ) -> Float[Array, "rows columns heads head_dim"]:
   """Softmax attention of each token over what is visible to it."""
-  if partition_spec(AXES, query.shape, mesh) != partition_spec(KV_AXES, key.shape, mesh):
-    # Fewer key heads than devices: each device needs its own.
-    key, value = (jnp.repeat(array, query.shape[2] // key.shape[2], axis=2) for array in (key, value))
-  return jax.nn.dot_product_attention(
-    query, key, value, mask=visible[:, None], scale=scale, implementation=IMPLEMENTATION
-  )
+  query, key, value = placed(query, key, value, mesh)  # the kernel refuses what is split otherwise
+  mask = constrain_batch(visible[:, None], mesh)
+  return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation=IMPLEMENTATION)

@@ -24,13 +24,13 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from tsalign_jax.data.batching import round_up
+from tsalign_jax.ops.heads import placed
 from tsalign_jax.ops.masking import Masking
 from tsalign_jax.parallel.mesh import partition_spec, platform
 
 LANES = 128  # block sizes are multiples of it
 BLOCKS = (512, 384, 256)
 AXES = ("batch", "heads", None, None)
-KV_AXES = ("batch", "kv_heads", None, None)
 COLUMN_BITS = 20  # a query's code holds its column below and its branch above: 2^20 tokens, 2^11 branches
 
 
@@ -155,10 +155,8 @@ def attend_packed(
 def _on_each_device(attend: Callable, query, key, value, of_rows: tuple[Array, ...], masking: Masking, mesh: Mesh):
   """`attend`, with the heads before the tokens, of the part of rows and heads that each device has."""
   query = (query.astype(jnp.float32) * masking.scale).astype(query.dtype)
-  query, key, value = (jnp.swapaxes(array, 1, 2) for array in (query, key, value))
+  query, key, value = (jnp.swapaxes(array, 1, 2) for array in placed(query, key, value, mesh))
   split = partition_spec(AXES, query.shape, mesh)
-  if split != partition_spec(KV_AXES, key.shape, mesh):  # fewer key heads than devices: each device needs its own
-    key, value = (jnp.repeat(array, query.shape[1] // key.shape[1], axis=1) for array in (key, value))
 
   def local(kind, *inputs):
     return jax.lax.switch(kind, [functools.partial(attend, window=window) for window in masking.windows], *inputs)
