@@ -1,18 +1,20 @@
 """`tsalign bench`: every phase is timed, and work is counted as it is."""
 
+import dataclasses
 from io import StringIO
 
 import jax
+import numpy as np
 import pytest
 import tiny
 from ragged import packed_rows
 from rich.console import Console
 
 from tsalign_jax import bench
-from tsalign_jax.config import LoRA, Policy, load_config
+from tsalign_jax.config import LoRA, Policy, Student, load_config
 from tsalign_jax.data.packing import Item
 from tsalign_jax.models.config import read_config
-from tsalign_jax.models.loading import language_model
+from tsalign_jax.models.loading import language_model, reward_model
 from tsalign_jax.models.lora import trained_part
 from tsalign_jax.training.align import build_reference
 
@@ -52,12 +54,13 @@ def test_training_moves_weights_for_each_batch_and_the_optimizer_for_each_step(t
   model = language_model(Policy(path=tmp_path, dtype="float32"))
   params = model.load(one_device)
   size = 4 * sum(array.size for array in params.values())
+  table = 4 * params["model.embed_tokens.embedding"].size  # of which a step reads a few rows, where it is frozen
   for lora in (None, LoRA(rank=2)):
     part = trained_part(model, lora, lambda: params, jax.random.key(0), one_device)
     trained = 4 * sum(array.size for array in part.load().values())
     assert (trained < size / 4) if lora else (trained == size)
-    frozen = size if lora else 0
-    assert bench._trained_bytes(part, part.load(), 5, 2) == 5 * (2 * frozen + 4 * trained) + 2 * 7 * trained
+    frozen = size - table if lora else 0
+    assert bench._trained_bytes(model, part, part.load(), 5, 2) == 5 * (2 * frozen + 4 * trained) + 2 * 7 * trained
 
 
 def test_operations_are_those_of_the_compiled_forward_pass(tmp_path, one_device):
@@ -69,6 +72,26 @@ def test_operations_are_those_of_the_compiled_forward_pass(tmp_path, one_device)
   counted = build_reference(model, one_device).lower(params, batch).compile().cost_analysis()["flops"]
   # XLA counts element by element work as well, and attention over the whole row.
   assert 0.5 < bench._flops(model, [item]) / counted < 1
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_operations_that_a_last_layer_spares_are_those_of_the_compiled_programs(family, tmp_path, one_device):
+  """For the first token alone it is computed where the reward is read there."""
+  tiny.encoder(family, tmp_path)
+  model = reward_model(Student(path=tmp_path, dtype="float32"))
+  params, rows, length = model.load(one_device, head_key=jax.random.key(0)), 4, 96
+  tokens, mask = np.full((rows, length), 5), np.ones((rows, length), bool)
+
+  def counted(wanted: int | None) -> float:
+    program = jax.jit(lambda params: model.skeleton.bind(params).model(tokens, mask, wanted=wanted))
+    return program.lower(params).compile().cost_analysis()["flops"]
+
+  def ours(pooling: str) -> float:
+    config = dataclasses.replace(model.config, pooling=pooling, windows=(None,) * model.config.layers)
+    items = [Item([], [[5] * length])] * rows
+    return bench._flops(dataclasses.replace(model, config=config), items)
+
+  assert 0.7 < (ours("mean") - ours("cls")) / (counted(None) - counted(1)) < 1
 
 
 def test_keys_beyond_a_window_are_not_counted(tmp_path):
@@ -93,9 +116,28 @@ def test_decoding_reads_weights_at_each_step_and_keys_once(tmp_path):
   tiny.decoder("llama", tmp_path)
   model = language_model(Policy(path=tmp_path, dtype="bfloat16"))
   item = Item([5] * 10, ([6] * 8, [7] * 4))
-  weights = 2 * (bench._weights(model) + model.config.vocab * model.config.embed)
+  weights = 2 * (bench._weights(model).tokens + model.config.vocab * model.config.embed)
   keys = 2 * 2 * model.config.layers * model.config.kv_heads * model.config.head_dim
   assert bench._decoded_bytes(model, [item], 2) == 6 * weights + (10 * 8 + 8**2 / 2 + 4**2 / 2) * keys
+
+
+def test_decoding_reads_no_keys_before_a_window(tmp_path):
+  """Against a count of the keys that any of the responses sees, step by step."""
+  tiny.decoder("gemma2", tmp_path)
+  model = language_model(Policy(path=tmp_path, dtype="bfloat16"))
+  (window,) = set(model.config.windows) - {None}
+  item = Item([5] * 10, ([6] * 8, [7] * 4))
+  prompt = sum(key > 10 + step - window for step in range(8) for key in range(10))
+  assert prompt < 80
+  own = sum(len(row) ** 2 / 2 - max(0, len(row) - window) ** 2 / 2 for row in item.responses)
+  assert bench._keys_read(item, window) == prompt + own
+  everything = bench._keys_read(item, None)
+  assert everything == 10 * 8 + 8**2 / 2 + 4**2 / 2
+  of_token = 2 * 2 * model.config.kv_heads * model.config.head_dim
+  weights = 2 * (bench._weights(model).tokens + model.config.vocab * model.config.embed)
+  half = model.config.layers // 2
+  read = half * of_token * (everything + bench._keys_read(item, window))
+  assert bench._decoded_bytes(model, [item], 2) == 6 * weights + read
 
 
 def test_weights_are_the_matrices_without_the_vocabulary(tmp_path, one_device):
@@ -103,4 +145,4 @@ def test_weights_are_the_matrices_without_the_vocabulary(tmp_path, one_device):
   model = language_model(Policy(path=tmp_path))
   params = model.load(one_device).items()
   matrices = [array for name, array in params if name.endswith("kernel") and "lm_head" not in name]
-  assert bench._weights(model) == sum(array.size for array in matrices)
+  assert bench._weights(model) == (sum(array.size for array in matrices), 0)

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from tsalign_jax.config import Config, LoRA
 from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.files import read_prompts
 from tsalign_jax.data.packing import Item, Packing
-from tsalign_jax.models.config import DecoderConfig, ModelConfig
+from tsalign_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.loading import ModelHandle, language_model, reward_model
 from tsalign_jax.models.lora import TrainedPart, trained_part
@@ -192,13 +192,13 @@ def _align(
 
   logps, seconds = _timed(known, runs)
   batches = sum(1 for step in steps for _ in packing.batches(step))
-  work, moved = (model.dtype_name, "pairs", len(pairs), _tokens(pairs)), batches * _size(params)
+  work, moved = (model.dtype_name, "pairs", len(pairs), _tokens(pairs)), batches * _read(model, params)
   yield Phase("reference", *work, _flops(model, pairs), moved, seconds)
 
   part = trained_part(model, settings.lora, lambda: params, jax.random.key(0), mesh)
   trainer = build_trainer(align.build_loss(model, mesh, settings), settings, len(steps), part.skeleton, mesh)
   trainable = part.load()
-  moved = _trained_bytes(part, trainable, batches, len(steps))
+  moved = _trained_bytes(model, part, trainable, batches, len(steps))
   state = [trainable, trainer.init(trainable)]
 
   def epoch():
@@ -217,7 +217,7 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
   items = [engine.encode(*each) for each in zip(sampled.prompts, sampled.texts, strict=True)]
   _, seconds = _timed(lambda: list(engine.score(params, items)), runs)
   responses, alike = sum(len(item.responses) for item in items), _as_items(items)
-  moved = engine.count_batches(items) * _size(params)
+  moved = engine.count_batches(items) * _read(model, params)
   kind = model.dtype_name
   yield Phase("score", kind, "responses", responses, _tokens(alike), _flops(model, alike), moved, seconds)
   if settings is None:
@@ -229,7 +229,7 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
   part = trained_part(model, settings.lora, lambda: params, jax.random.key(0), mesh)
   trainer = build_trainer(reward.build_loss(engine, settings), settings, len(steps), part.skeleton, mesh)
   trainable = part.load()
-  moved = _trained_bytes(part, trainable, sum(1 for step in steps for _ in laid_out.parts(step)), len(steps))
+  moved = _trained_bytes(model, part, trainable, sum(1 for step in steps for _ in laid_out.parts(step)), len(steps))
   state = [trainable, trainer.init(trainable)]
 
   def epoch():
@@ -248,12 +248,18 @@ def _backward(lora: LoRA | None) -> int:
   return 2 if lora else 3
 
 
-def _trained_bytes(part: TrainedPart, trainable: Params, batches: int, steps: int) -> float:
+def _trained_bytes(model: ModelHandle, part: TrainedPart, trainable: Params, batches: int, steps: int) -> float:
   """Bytes that training has to move: weights forth and back, gradients added to for each batch, AdamW for each step.
 
   The update reads gradients, weights and two moments, and writes all but the first.
   """
-  return batches * (2 * _size(part.frozen) + 4 * _size(trainable)) + steps * 7 * _size(trainable)
+  return batches * (2 * _read(model, part.frozen) + 4 * _size(trainable)) + steps * 7 * _size(trainable)
+
+
+def _read(model: ModelHandle, params: Params) -> int:
+  """Bytes that a forward pass reads: tables of embeddings only where they are the vocabulary projection as well."""
+  projected = isinstance(model.config, DecoderConfig) and model.config.tied and not model.config.reward_head
+  return _size({name: array for name, array in params.items() if projected or not name.endswith(".embedding")})
 
 
 def _size(params: Params) -> int:
@@ -282,14 +288,19 @@ def _flops(model: ModelHandle, items: Sequence[Item]) -> float:
   """Operations that a forward pass needs: two for each weight and token, and what attention adds (PaLM, appendix B).
 
   Each prompt counts once and sees itself; each response sees its prompt and itself. Only response tokens pay the
-  vocabulary projection.
+  vocabulary projection. Where a reward is read at the first token, the last layer asks for that one alone.
   """
-  config, body = model.config, _weights(model)
+  config, weights = model.config, _weights(model)
   heads = config.heads * config.head_dim if isinstance(config, DecoderConfig) else config.embed
+  *windows, last = config.windows
+  whole = Counter(windows if _first_only(config) else config.windows)
   total = 0.0
   for item in items:
-    seen = sum(count * _seen(config, item, window) for window, count in Counter(config.windows).items())
-    total += 2 * body * item.tokens + 4 * heads * seen
+    seen = sum(count * _seen(config, item, window) for window, count in whole.items())
+    if _first_only(config):
+      rows = (len(item.prompt) + len(row) for row in item.responses)
+      seen += sum(row if last is None else min(row, last + 1) for row in rows)
+    total += 2 * (weights.tokens * item.tokens + weights.responses * len(item.responses)) + 4 * heads * seen
     if isinstance(config, DecoderConfig) and not config.reward_head:
       total += 2 * config.vocab * config.embed * item.targets
   return total
@@ -312,10 +323,30 @@ def _seen(config: ModelConfig, item: Item, window: int | None) -> float:
   return before(prompt) + sum(before(prompt + length) - before(prompt) for length in lengths)
 
 
-def _weights(model: ModelHandle) -> int:
-  """Weights of matrix products, without the vocabulary projection."""
-  specs = model.skeleton.specs
-  return sum(math.prod(spec.shape) for name, spec in specs.items() if spec.inputs and "lm_head" not in name)
+class Weights(NamedTuple):
+  """Weights of matrix products, without the vocabulary projection, by how often they are multiplied with."""
+
+  tokens: int
+  """For each token."""
+  responses: int
+  """Once for each response: the reward head, and what the last layer computes of the first token only."""
+
+
+def _first_only(config: ModelConfig) -> bool:
+  return isinstance(config, EncoderConfig) and config.pooling == "cls"
+
+
+def _weights(model: ModelHandle) -> Weights:
+  specs = {name: spec for name, spec in model.skeleton.specs.items() if spec.inputs and "lm_head" not in name}
+  last = f"model.layers.{model.config.layers - 1}."
+
+  def once(name: str) -> bool:
+    asked_of_all = name.endswith(("key.kernel", "value.kernel", "attn_qkv.kernel"))
+    return not name.startswith("model.") or (_first_only(model.config) and name.startswith(last) and not asked_of_all)
+
+  sizes = {name: math.prod(spec.shape) for name, spec in specs.items()}
+  rare = sum(size for name, size in sizes.items() if once(name))
+  return Weights(sum(sizes.values()) - rare, rare)
 
 
 def _decoded_bytes(model: ModelHandle, items: Sequence[Item], lanes: int) -> float:
@@ -324,11 +355,19 @@ def _decoded_bytes(model: ModelHandle, items: Sequence[Item], lanes: int) -> flo
   A prompt's own are read once for all of its responses that grow together.
   """
   config, width = model.config, model.dtype.itemsize
-  weights = (_weights(model) + config.vocab * config.embed) * width
+  weights = (_weights(model).tokens + config.vocab * config.embed) * width
   steps = sum(item.targets for item in items) / min(lanes, sum(len(item.responses) for item in items))
-  of_token = 2 * config.layers * config.kv_heads * config.head_dim * width
-  seen = sum(
-    len(item.prompt) * max(map(len, item.responses)) + sum(len(row) ** 2 / 2 for row in item.responses)
-    for item in items
-  )
-  return steps * weights + seen * of_token
+  of_token = 2 * config.kv_heads * config.head_dim * width
+  layers = Counter(config.windows).items()
+  read = sum(count * _keys_read(item, window) for item in items for window, count in layers)
+  return steps * weights + read * of_token
+
+
+def _keys_read(item: Item, window: int | None) -> float:
+  """Keys that a layer with this window reads while the responses grow together."""
+  longest = max(map(len, item.responses))
+  prompt = len(item.prompt) * longest
+  if window is not None:
+    prompt = np.clip(window - 1 - np.arange(longest), 0, len(item.prompt)).sum()
+  reaches = [(len(row), len(row) if window is None else min(len(row), window)) for row in item.responses]
+  return prompt + sum(reach**2 / 2 + (row - reach) * reach for row, reach in reaches)
