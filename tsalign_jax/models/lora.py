@@ -16,6 +16,7 @@ from tsalign_jax.models.layers import Linear
 from tsalign_jax.models.loading import ModelHandle, wide
 from tsalign_jax.types import UserError
 
+EXACT = jax.lax.Precision.HIGHEST  # elsewhere than on CPUs, products of float32 are rounded otherwise
 DECODER_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BERT_MAPS = ("query", "key", "value", "attention_output", "up", "down")
 MAPS = {"bert": BERT_MAPS, "roberta": BERT_MAPS, "modernbert": ("attn_qkv", "attn_out", "mlp_in", "mlp_out")}
@@ -121,7 +122,7 @@ def merge(params: Params, lora: LoRA) -> dict[str, jax.Array]:
 def _add(kernel, a, b, scale: float):
   inputs = a.ndim - 1
   if kernel.ndim < a.ndim + b.ndim - 2:  # stacked layers share their first axis
-    delta = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(a, b)
+    delta = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1, precision=EXACT))(a, b)
   else:
-    delta = jnp.tensordot(a, b, (inputs, 0))
+    delta = jnp.tensordot(a, b, (inputs, 0), precision=EXACT)
   return (kernel.astype(jnp.float32) + scale * delta).astype(kernel.dtype)
