@@ -75,3 +75,9 @@ def test_quantised_weights_are_refused(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(config))
   with pytest.raises(UserError, match="its weights are quantised"):
     language_model(Policy(path=tmp_path))
+
+
+def test_stacked_layers_of_an_encoder_are_refused(tmp_path):
+  tiny.encoder("bert", tmp_path)
+  with pytest.raises(UserError, match=r"the layers of an encoder are always apart; leave layout = stacked out"):
+    reward_model(Student(path=tmp_path, layout="stacked"))

@@ -124,6 +124,8 @@ def reward_model(model: settings.Model) -> ModelHandle:
 
 def _handle(model: settings.Model, config: ModelConfig, *, fresh_head: bool = False) -> ModelHandle:
   layout = model.layout
+  if layout == "stacked" and isinstance(config, EncoderConfig):
+    raise UserError(f"{model.path}: the layers of an encoder are always apart; leave layout = stacked out")
   if layout == "auto":
     layout = "unrolled" if jax.default_backend() == "cpu" or isinstance(config, EncoderConfig) else "stacked"
   return ModelHandle(Path(model.path), config, layout, model.remat, model.dtype, model.param_dtype, fresh_head)
