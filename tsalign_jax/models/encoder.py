@@ -140,7 +140,7 @@ class Encoder(nnx.Module):
   def _attends(self, mask, in_turn: bool) -> list[Attend]:
     position = jnp.arange(mask.shape[1])
     turns = [rotation(rope, self.config.head_dim, position[None], position.shape[0]) for rope in self.config.ropes]
-    visible = {window: _visible(mask, window) for window in set(self.config.windows)}
+    visible = {window: _visible(mask, window) for window in dict.fromkeys(self.config.windows)}
     return [
       functools.partial(attention, visible=visible[window], turn=None if rope is None else turns[rope], in_turn=in_turn)
       for window, rope in zip(self.config.windows, self.config.layer_ropes, strict=True)

@@ -93,7 +93,7 @@ def build_trainer(loss: LossFn, settings: Optimizer, steps: int, skeleton: Skele
   def state_shardings(trainable: Params):
     shapes = jax.eval_shape(optimizer.init, dict(trainable))
     of_params = {name: placed[name] for name in trainable}
-    return optax.tree_map_params(
+    return optax.tree.map_params(
       optimizer, lambda _, where: where, shapes, of_params, transform_non_params=lambda _: replicated(mesh)
     )
 
