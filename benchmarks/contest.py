@@ -40,6 +40,14 @@ def ours(contender: str, candidates: Sequence[Settings] = ({},)) -> Side:
   return Side(OURS, f"benchmarks.ours:{contender}", candidates, hide=("torch",))
 
 
+def making_up(size: int, candidates: Sequence[Settings]) -> list[Settings]:
+  """Those whose batches make up a step of so many pairs; the others would take steps of another size than we do."""
+  found = [settings for settings in candidates if size % min(settings["batch"], size) == 0]
+  if not found:
+    raise UserError(f"--batch-size: {size} is a multiple of none of the peer's {[s['batch'] for s in candidates]}")
+  return found
+
+
 def contest(
   title: str,
   sides: Sequence[Side],

@@ -1,12 +1,12 @@
 """Pairs a second and peak memory of a DPO step: `python -m benchmarks.dpo`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.contest import Runs, Side, contest, ours, ratio
-from benchmarks.optional import add_tunix, tunix
+from benchmarks.contest import Runs, Side, contest, making_up, ours, ratio
+from benchmarks.optional import TUNIX, add_tunix, tunix
 from benchmarks.terminal import add_pairs, add_tuning, command, parser
 from benchmarks.workload import pairs
 from tsalign_jax.types import UserError
@@ -43,15 +43,27 @@ def main() -> Mapping[str, float]:
   options = out.parse_args()
   work = {
     "policy": str(options.policy),
-    "pairs": pairs(options, options.count, prompt_tokens=options.prompt_tokens),
+    "pairs": alike_together(pairs(options, options.count, prompt_tokens=options.prompt_tokens), options.batch_size),
     "batch_size": options.batch_size,
     "learning_rate": 1e-6,
     "beta": 0.1,
   }
-  sides = [ours("Dpo", OURS), Side(PEER, "benchmarks.hugging_face:Dpo", THEIRS), *tunix(options, "Dpo")]
+  size = options.batch_size
+  peer = Side(PEER, "benchmarks.hugging_face:Dpo", making_up(size, THEIRS))
+  sides = [ours("Dpo", OURS), peer, *tunix(options, "Dpo", making_up(size, TUNIX))]
   results = contest("DPO step", sides, work, options, unit="pairs/s", agree=same_step, eligible=keeps_small_steps)
   ratios = {"dpo_step": ratio(results, PEER), "dpo_memory": ratio(results, PEER, peak_memory)}
   return ratios | {f"dpo_step_{name}": ratio(results, name) for name in list(results)[2:]}
+
+
+def alike_together(rows: Sequence[Mapping[str, Any]], size: int) -> list[Mapping[str, Any]]:
+  """The same steps of `size` pairs, each with the longest first: who pads a batch to its longest pair, pads least."""
+
+  def longest(row: Mapping[str, Any]) -> int:
+    return len(row["prompt_tokens"]) + max(len(row["chosen_tokens"]), len(row["rejected_tokens"]))
+
+  steps = (rows[start : start + size] for start in range(0, len(rows), size))
+  return [row for step in steps for row in sorted(step, key=longest, reverse=True)]
 
 
 def peak_memory(runs: Runs) -> float:

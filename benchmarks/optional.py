@@ -1,9 +1,10 @@
 """Peers that live in Python environments of their own, because their requirements contradict ours."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.contest import Side
+from benchmarks.contest import Settings, Side
 from tsalign_jax.types import UserError
 
 TUNIX = [{"batch": batch} for batch in (8, 4, 16)]
@@ -15,9 +16,9 @@ def add_tunix(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--tunix", metavar="PYTHON", help="interpreter of an environment with google-tunix")
 
 
-def tunix(options: argparse.Namespace, contender: str) -> list[Side]:
+def tunix(options: argparse.Namespace, contender: str, candidates: Sequence[Settings] = TUNIX) -> list[Side]:
   """This side, if its interpreter was named."""
-  return [Side("tunix", f"benchmarks.tunix_peer:{contender}", TUNIX, options.tunix)] if options.tunix else []
+  return [Side("tunix", f"benchmarks.tunix_peer:{contender}", candidates, options.tunix)] if options.tunix else []
 
 
 def add_llama_cpp(parser: argparse.ArgumentParser) -> None:

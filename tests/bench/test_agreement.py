@@ -5,7 +5,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from benchmarks.dpo import same_step
+from benchmarks.contest import making_up
+from benchmarks.dpo import alike_together, same_step
 from benchmarks.growth import Point, draw, extra
 from benchmarks.hugging_face import useful_lengths
 from benchmarks.scoring import same_scores
@@ -47,3 +48,18 @@ def test_a_first_step_that_differs_is_refused(name):
   assert "tokens 10 | 10" in same_step(STEP, STEP)
   with pytest.raises(UserError, match=name):
     same_step(STEP, STEP | {name: STEP[name] * 1.5})
+
+
+def test_pairs_of_like_length_stand_together_and_steps_keep_theirs():
+  lengths = [3, 9, 5, 1, 7, 2, 8]
+  rows = [{"prompt_tokens": [0] * n, "chosen_tokens": [1], "rejected_tokens": [1, 2]} for n in lengths]
+  sorted_rows = alike_together(rows, 4)
+  assert [len(row["prompt_tokens"]) for row in sorted_rows] == [9, 5, 3, 1, 8, 7, 2]
+
+
+def test_a_peer_takes_part_with_batches_that_make_up_our_steps():
+  candidates = [{"batch": 4}, {"batch": 16}]
+  assert making_up(32, candidates) == making_up(8, candidates) == candidates  # 16 at once of 8 are these 8
+  assert making_up(24, candidates) == [{"batch": 4}]
+  with pytest.raises(UserError, match=r"^--batch-size: 23 is a multiple of none"):
+    making_up(23, candidates)
