@@ -194,6 +194,6 @@ def _kernel(mask: splash_attention.MultiHeadMask | Array, block: int, softcap: f
     q_seq_shards=1,
     interpret=platform(mesh) != "tpu",
   )
-  # Of masks that are not known there is a flag, made an array, that the kernel then asks, which inside a program fails.
-  kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=None)
+  if isinstance(mask, jax.Array):  # there is a flag that it is not known, made an array: asked in a program, it fails
+    kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=None)
   return kernel
