@@ -212,8 +212,9 @@ def _check_config(config: Config | RewardConfig, manifest: Manifest, steps: Sequ
   file = config.run / "config.yaml"
   if manifest.stages or any(_worked(_workplaces(config.run, step)[0]) for step in steps):
     before, now = (yaml.safe_load(dump_config(each)) for each in (load_config(file, schema=type(config)), config))
+    evaluated = bool(rounds_done(config.run))
     for key, old, new in changed_keys(before, now):
-      if key != "run" and not _may_change(key, old, new, evaluated=bool(rounds_done(config.run))):
+      if key != "run" and not _may_change(key, old, new, evaluated=evaluated):
         raise UserError(
           f"{key}: this run folder was made with {old!r}, the configuration now says {new!r}; "
           f"put {old!r} back, or choose another run folder than {config.run}"
