@@ -5,7 +5,7 @@ A YAML file plus `key=value` overrides become a `Config`; what is wrong becomes 
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from tsalign_jax.nested import walk
 from tsalign_jax.types import UserError
 
 Dtype = Literal["float32", "bfloat16"]
@@ -246,16 +247,10 @@ class ChatTeacher(Section):
     for field in ("model", "messages", "temperature", "max_tokens", "max_completion_tokens", "n", "stream"):
       if field in self.extra_body:
         raise ValueError(f"extra_body must not hold {field!r}, which is set elsewhere or would break the accounting")
-    for name in _names(self.extra_body):
-      if re.search("(?i)api[-_]?key|secret|password|authorization|access[-_]?token|bearer", name):
+    for name, _ in walk(self.extra_body):
+      if re.search("(?i)api[-_]?key|secret|password|authorization|access[-_]?token|bearer", str(name)):
         raise ValueError(f"extra_body must not hold {name!r}: a key belongs in an environment variable")
     return self
-
-
-def _names(value: Any) -> Iterator[str]:
-  """The names of all fields, however deep."""
-  for name, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-    yield from [str(name), *_names(part)]
 
 
 class JudgeTeacher(ChatTeacher):

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tsalign_jax.data.tables import Rows, read_table
+from tsalign_jax.nested import walk
 from tsalign_jax.report.load import round_folders
 from tsalign_jax.report.words import percent
 from tsalign_jax.teachers import ledger
@@ -91,17 +92,8 @@ def _shared_stores(run: Path) -> list[Path]:
 
   What goes to a server as it is (`extra_body`) may have a field of that name too.
   """
-  config, found = yaml.safe_load((run / "config.yaml").read_text()), []
-
-  def search(node: object) -> None:
-    for name, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-      if name == "store" and value:
-        found.append(Path(value))
-      if name != "extra_body":
-        search(value)
-
-  search(config)
-  return sorted(set(found))
+  everything = walk(yaml.safe_load((run / "config.yaml").read_text()), but="extra_body")
+  return sorted({Path(value) for name, value in everything if name == "store" and value})
 
 
 def _verdicts(sets: dict[str, list[Judged]], title: str) -> Table:

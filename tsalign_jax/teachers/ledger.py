@@ -82,19 +82,19 @@ class Ledger:
     row = (outcome, price.input_tokens, price.output_tokens, price.cost, number)
     columns = "outcome = ?, input_tokens = ?, output_tokens = ?, cost = ?"
     self._database.execute(f"UPDATE attempts SET {columns} WHERE id = ?", row)
-    self._close(number, price.cost)
+    self._end(number, price.cost)
     self.tokens += (price.input_tokens or 0) + (price.output_tokens or 0)
 
   def abandon(self, number: int) -> None:
     """Waits no longer for a request that nobody will settle: it stays SENT, at its worst."""
     if number in self._open:
-      self._close(number, self._open[number])
+      self._end(number, self._open[number])
 
   def close(self) -> None:
     """Closes the file."""
     self._database.close()
 
-  def _close(self, number: int, cost: float) -> None:
+  def _end(self, number: int, cost: float) -> None:
     del self._open[number]
     self.spent += cost
     self._settled.set()

@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from tsalign_jax.nested import walk
 from tsalign_jax.types import Judgement, UserError, Verdict
 
 CONSISTENT = ({"A", "B"}, {"C"})  # slots of the better response in both orders, where the teacher stays of one mind
@@ -22,15 +23,9 @@ class Judged(NamedTuple):
 def check_answered(judged: Sequence[Judged | Judgement], who: str) -> None:
   """Raises UserError where a teacher failed with every pair: that says nothing, and must not be taken for a result."""
   if judged and all(each.verdict == Verdict.ERROR for each in judged):
-    reason = next(_reasons(judged[0].evidence), "it does not say why")
+    reasons = (part for name, part in walk(judged[0].evidence) if name == "failure")
+    reason = next(reasons, "it does not say why")
     raise UserError(f"{who} failed with every pair ({reason}); run the same command to ask again")
-
-
-def _reasons(evidence: Any) -> Iterator[str]:
-  """Why questions failed, wherever in a judgement's evidence it stands."""
-  parts = evidence.items() if isinstance(evidence, dict) else enumerate(evidence) if isinstance(evidence, list) else ()
-  for name, part in parts:
-    yield from [part] if name == "failure" else _reasons(part)
 
 
 @dataclasses.dataclass(frozen=True)
