@@ -35,7 +35,7 @@ from tsalign_jax.stages.base import sampling_mesh
 from tsalign_jax.training import align, reward
 from tsalign_jax.training.optimizer import build_trainer
 from tsalign_jax.training.run import in_order
-from tsalign_jax.types import Conversation, UserError
+from tsalign_jax.types import Conversation, PreferencePair, UserError
 
 MATRIX = {"cpu": 2048, "default": 8192}  # rows and columns of the product that measures the peak
 REPEATS = 4
@@ -223,8 +223,8 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
   if settings is None:
     return
 
-  two_of_each = [texts[:2] for texts in sampled.texts]
-  pairs = [reward.Example(engine.encode(*each), 0.0) for each in zip(sampled.prompts, two_of_each, strict=True)]
+  answered = zip(sampled.prompts, sampled.texts, strict=True)
+  pairs = [reward.make_example(engine, PreferencePair(prompt, *texts[:2])) for prompt, texts in answered]
   steps, laid_out = in_order(len(pairs), settings.batch_size), reward.Examples(engine, pairs, settings)
   part = trained_part(model, settings.lora, lambda: params, jax.random.key(0), mesh)
   trainer = build_trainer(reward.build_loss(engine, settings), settings, len(steps), part.skeleton, mesh)

@@ -12,8 +12,6 @@ from tsalign_jax.training import reward
 from tsalign_jax.training.probe import fit_head, logistic
 from tsalign_jax.types import PreferencePair, UserError
 
-RANDOM = np.random.default_rng(0)
-
 
 def loss(weights, difference, margins, penalty):
   return np.logaddexp(0.0, margins - difference @ weights).sum() + penalty / 2 * weights @ weights
@@ -22,15 +20,16 @@ def loss(weights, difference, margins, penalty):
 @pytest.mark.parametrize("penalty", [0.01, 1.0, 100.0])
 @pytest.mark.parametrize(("features", "widest"), [(8, 2.0), (8, 10.0), (20, 4.0), (60, 4.0)])
 def test_the_weights_are_those_of_the_least_loss(features, widest, penalty):
-  difference, margins = RANDOM.normal(0, 2, (60, features)), RANDOM.uniform(0, widest, 60)
+  random = np.random.default_rng(0)
+  difference, margins = random.normal(0, 2, (60, features)), random.uniform(0, widest, 60)
   best = logistic(difference, margins, penalty)
   for _ in range(50):
-    step = RANDOM.normal(0, 1e-3, features)
+    step = random.normal(0, 1e-3, features)
     assert loss(best, difference, margins, penalty) < loss(best + step, difference, margins, penalty)
 
 
 def test_features_that_are_not_finite_are_refused():
-  difference = RANDOM.normal(0, 2, (60, 8))
+  difference = np.random.default_rng(0).normal(0, 2, (60, 8))
   difference[7, 3] = np.nan
   with np.errstate(invalid="ignore"), pytest.raises(UserError, match=r"^probe: no head fits"):
     logistic(difference, np.zeros(60), 1.0)
@@ -38,15 +37,29 @@ def test_features_that_are_not_finite_are_refused():
 
 def test_what_can_be_learned_is_and_noise_is_not():
   """Two hundred features of which one tells, in its own unit, which response is better."""
-  worse = RANDOM.normal(0, 1, (400, 200)).astype(np.float32)
-  better = RANDOM.normal(0, 1, (400, 200)).astype(np.float32)
-  nothing = np.zeros(400, np.float32)
-  _, guessed = fit_head(better, worse, nothing)
+  random = np.random.default_rng(0)
+  worse, better = random.normal(0, 1, (2, 400, 200)).astype(np.float32)
+  nothing, prompts = np.zeros(400, np.float32), range(400)
+  _, guessed = fit_head(better, worse, nothing, prompts)
   assert 0.4 < guessed < 0.6
   better[:, 7] += 5.0
   scale = np.where(np.arange(200) == 7, 1e4, 1.0).astype(np.float32)
-  head, share = fit_head(better * scale, worse * scale, nothing)
+  head, share = fit_head(better * scale, worse * scale, nothing, prompts)
   assert share > 0.9 and np.argmax(np.abs(head * scale)) == 7
+
+
+def test_pairs_of_one_prompt_are_left_out_together():
+  """Six noisy copies of each pair: whoever saw one knows what is right of the others, and no more."""
+  random, prompts = np.random.default_rng(3), np.repeat(np.arange(40), 6)
+  better, worse = (
+    random.normal(0, 1, (40, 60)).astype(np.float32)[prompts] + random.normal(0, 0.1, (240, 60)).astype(np.float32)
+    for _ in range(2)
+  )
+  shuffled = random.permutation(240)
+  data = better[shuffled], worse[shuffled], np.zeros(240, np.float32)
+  _, known = fit_head(*data, range(240))
+  _, guessed = fit_head(*data, prompts[shuffled].tolist())
+  assert known > 0.95 and guessed < 0.7
 
 
 @pytest.mark.parametrize("family", ["qwen3", "bert", "modernbert"])

@@ -4,6 +4,8 @@ Trained from a random head, a reward model first learns to read noise, and a few
 Fitting the head first and then everything is LP-FT (Kumar et al. 2022, arXiv 2202.10054).
 """
 
+from collections.abc import Hashable, Sequence
+
 import numpy as np
 from jaxtyping import Float
 
@@ -18,15 +20,17 @@ def fit_head(
   better: Float[np.ndarray, "pairs features"],
   worse: Float[np.ndarray, "pairs features"],
   margins: Float[np.ndarray, " pairs"],
+  prompts: Sequence[Hashable],
 ) -> tuple[Float[np.ndarray, " features"], float]:
   """Weights of a linear reward, and the share of left-out pairs that rewards fitted without them order as labelled.
 
-  The loss is Bradley and Terry's with margins, with a penalty on squared weights that cross-validation chooses: pair n
-  belongs to fold n modulo 5.
+  The loss is Bradley and Terry's with margins, with a penalty on squared weights that cross-validation chooses. All
+  pairs of a prompt are left out together: if number n is its first, in fold n modulo 5.
   """
   scale = np.concatenate([better, worse]).std(axis=0, dtype=np.float64) + 1e-6
   difference = (better.astype(np.float64) - worse) / scale
-  fold = np.arange(len(difference)) % FOLDS
+  first: dict[Hashable, int] = {}
+  fold = np.asarray([first.setdefault(prompt, number) % FOLDS for number, prompt in enumerate(prompts)])
   losses, shares = [], []
   for penalty in PENALTIES:
     left_out = np.zeros(len(difference))

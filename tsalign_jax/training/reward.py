@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tsalign_jax.config import Optimizer, RewardTraining
+from tsalign_jax.data.files import prompt_key
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.lora import adapted_skeleton, trained_part
 from tsalign_jax.objectives import ranking
@@ -27,6 +28,7 @@ class Example(NamedTuple):
 
   item: Encoded
   margin: float
+  prompt: str  # the same for pairs of one prompt
 
 
 class RewardBatch(NamedTuple):
@@ -39,7 +41,7 @@ class RewardBatch(NamedTuple):
 
 def make_example(engine: RewardEngine, pair: PreferencePair) -> Example:
   """The pair as this model reads it."""
-  return Example(engine.encode(pair.prompt, [pair.chosen, pair.rejected]), pair.margin)
+  return Example(engine.encode(pair.prompt, [pair.chosen, pair.rejected]), pair.margin, prompt_key(pair.prompt))
 
 
 class Examples:
@@ -84,7 +86,8 @@ def probed(
   """
   if not file.exists():
     both = _features(engine, params, [example.item for example in examples], tokens, on_pairs)
-    head, share = fit_head(both[:, 0], both[:, 1], np.asarray([example.margin for example in examples]))
+    margins, prompts = np.asarray([example.margin for example in examples]), [example.prompt for example in examples]
+    head, share = fit_head(both[:, 0], both[:, 1], margins, prompts)
     with file.with_name("unfinished.npz").open("wb") as unfinished:
       np.savez(unfinished, head=head, share=share)
     file.with_name("unfinished.npz").replace(file)
