@@ -12,6 +12,7 @@ from tsalign_jax.teachers.build import build_teacher
 from tsalign_jax.types import Prompt, UserError
 
 SPARED = "beyond prompts.heldout_limit"  # not measured on, and not learned from
+AGAIN = "the prompt is there already"
 
 
 def prepare(job: Job) -> Counts:
@@ -24,7 +25,8 @@ def prepare(job: Job) -> Counts:
     source = getattr(job.config.prompts, split)
     prompts = read_prompts(source)
     teacher.validate_prompts(prompts, source)
-    rows = [_row(prompt, chat, limit, held_out) for prompt in prompts]
+    seen: set[tuple[str, str]] = set()
+    rows = [_row(prompt, chat, limit, held_out, seen) for prompt in prompts]
     usable = [row for row in rows if row["dropped"] is None]
     if not usable:
       raise UserError(f"{source}: every prompt is longer than prompts.max_tokens = {limit}, or held out")
@@ -45,15 +47,19 @@ def prepare(job: Job) -> Counts:
   return counts
 
 
-def _row(prompt: Prompt, chat: Chat, limit: int, held_out: Set[str]) -> dict:
-  tokens = chat.prompt_tokens(prompt.messages)
+def _row(prompt: Prompt, chat: Chat, limit: int, held_out: Set[str], seen: set[tuple[str, str]]) -> dict:
+  """The prompt as a row of its table; `seen` grows by it."""
+  tokens, checks, key = chat.prompt_tokens(prompt.messages), json.dumps(prompt.checks), prompt_key(prompt.messages)
   dropped = f"longer than {limit} tokens" if len(tokens) > limit else None
-  if prompt_key(prompt.messages) in held_out:
+  if key in held_out:
     dropped = HELD_OUT
+  elif (key, checks) in seen:
+    dropped = AGAIN
+  seen.add((key, checks))
   return {
     "prompt_id": prompt.id,
     "prompt": prompt.messages,
-    "checks": json.dumps(list(prompt.checks)),
+    "checks": checks,
     "tokens": tokens,
     "dropped": dropped,
   }
