@@ -89,15 +89,16 @@ def expected(llama, one_device):
 
 
 @hypothesis.settings(max_examples=12, deadline=None)
-@hypothesis.given(order=st.permutations(PROMPTS), slots=st.integers(1, 3), lanes=st.integers(1, 3), skipped=st.data())
-def test_responses_do_not_depend_on_order_slots_lanes_or_what_is_done(
-  llama, expected, one_device, order, slots, lanes, skipped
-):
-  done = skipped.draw(st.sets(st.sampled_from([i for i, _ in PROMPTS])))
+@hypothesis.given(
+  order=st.permutations(PROMPTS),
+  grid=st.sampled_from([(1, 1), (1, 3), (2, 3), (3, 2)]),
+  done=st.sets(st.sampled_from([i for i, _ in PROMPTS])),
+)
+def test_responses_do_not_depend_on_order_slots_lanes_or_what_is_done(llama, expected, one_device, order, grid, done):
+  slots, lanes = grid
   setting = SAMPLING.model_copy(update={"batch_prompts": slots, "lanes": lanes})
   ours = sample(llama, one_device, order, setting, done)
-  assert ours.keys() == {i for i, _ in PROMPTS} - done
-  assert _close(ours, expected)
+  assert _close(ours, {i: responses for i, responses in expected.items() if i not in done})
 
 
 def test_sampling_over_eight_devices_equals_one(llama, expected, eight_devices):
@@ -136,8 +137,8 @@ def test_prompts_of_several_widths_in_one_run(llama, one_device):
   empty = lambda width: widths.append(width) or sampler.empty(width)  # noqa: E731
   ours = dataclasses.replace(sampler, empty=empty).run(llama.load(one_device), prompts, KEY, {4})
   ours = dict(pair for harvest in ours for pair in harvest)
-  assert widths == [160, 64, 32] and ours.keys() == {*range(8)} - {4}
-  assert _close(ours, sample(llama, one_device, prompts, wide))
+  assert widths == [160, 64, 32]
+  assert _close(ours, sample(llama, one_device, prompts, wide, {4}))
 
 
 @pytest.mark.parametrize("devices", ["one_device", "eight_devices"])
@@ -197,7 +198,7 @@ def test_bfloat16_caches_are_updated_where_they_are(tmp_path, one_device):
 def test_no_response_is_longer_than_the_limit(llama, one_device):
   setting = SAMPLING.model_copy(update={"max_new_tokens": 20, "lanes": 2})
   longer = sample(llama, one_device, PROMPTS, setting, stop=())
-  for limit in (1, 7, 8, 9, 17):
+  for limit in (1, cache.PHASE, cache.PHASE + 1):
     shorter = sample(llama, one_device, PROMPTS, setting.model_copy(update={"max_new_tokens": limit}), stop=())
     for i, responses in shorter.items():
       assert [r.tokens for r in responses] == [r.tokens[:limit] for r in longer[i]]
@@ -237,6 +238,7 @@ def test_prompts_share_widths_unless_there_are_enough_to_fill_the_slots():
 
 
 def _close(ours, expected):
+  assert ours.keys() == expected.keys()
   pairs = [pair for i in ours for pair in zip(ours[i], expected[i], strict=True)]
   same = all(x.tokens == y.tokens and x.finish == y.finish for x, y in pairs)
   return same and np.allclose([x.logprob for x, _ in pairs], [y.logprob for _, y in pairs], atol=1e-4)

@@ -63,9 +63,11 @@ def logps_of(program, params, items: list[Item]) -> np.ndarray:
   return out
 
 
-def torch_dpo(policy, reference, pairs: list[Item], *, beta: float, smoothing: float, sft: float) -> torch.Tensor:
-  """DPO written out pair by pair, as in the paper's equation 7."""
-  total = torch.tensor(0.0)
+def torch_dpo(
+  policy, reference, pairs: list[Item], *, beta: float, smoothing: float, sft: float
+) -> tuple[torch.Tensor, dict[str, float]]:
+  """DPO written out pair by pair, as in the paper's equation 7, and means of what TRL reports of each."""
+  total, report = torch.tensor(0.0), []
   for prompt, (chosen, rejected) in pairs:
     pi_chosen, pi_rejected = torch_logp(policy, prompt, chosen), torch_logp(policy, prompt, rejected)
     with torch.no_grad():
@@ -74,7 +76,19 @@ def torch_dpo(policy, reference, pairs: list[Item], *, beta: float, smoothing: f
     right, wrong = torch.sigmoid(margin), torch.sigmoid(-margin)
     total = total - (1 - smoothing) * torch.log(right) - smoothing * torch.log(wrong)
     total = total - sft * pi_chosen / len(chosen)
-  return total / len(pairs)
+    report.append(
+      {
+        "rewards/chosen": beta * (pi_chosen - ref_chosen),
+        "rewards/rejected": beta * (pi_rejected - ref_rejected),
+        "rewards/margins": margin,
+        "rewards/accuracies": margin > 0,
+        "logps/chosen": pi_chosen,
+        "logps/rejected": pi_rejected,
+        "logps/drift": ((pi_chosen - ref_chosen).abs() + (pi_rejected - ref_rejected).abs()) / 2,
+      }
+    )
+  means = {name: np.mean([each[name].item() for each in report]) for name in report[0]}
+  return total / len(pairs), means | {"loss": (total / len(pairs)).item()}
 
 
 @pytest.mark.parametrize("layout", ["unrolled", "stacked"])
@@ -89,11 +103,13 @@ def test_dpo_loss_and_gradients_equal_pytorch(family, layout, tmp_path, one_devi
   reference_logps = build_reference(other, one_device)(reference_params, batch)
   weights = np.where(place >= 0, np.float32(1 / len(pairs)), 0)
   step = jax.value_and_grad(build_loss(model, one_device, align), has_aux=True)
-  (value, _), gradients = step(params, {}, AlignBatch(batch, reference_logps, weights))
+  (value, metrics), gradients = step(params, {}, AlignBatch(batch, reference_logps, weights))
 
-  expected = torch_dpo(peer, reference, pairs, beta=0.3, smoothing=0.1, sft=0.2)
+  expected, report = torch_dpo(peer, reference, pairs, beta=0.3, smoothing=0.1, sft=0.2)
   expected.backward()
   assert float(value) == pytest.approx(expected.item(), rel=1e-5)
+  assert 0 < report["rewards/accuracies"] < 1
+  assert {name: float(each) for name, each in metrics.items()} == pytest.approx(report, rel=1e-4)
   theirs = {name: parameter.grad.numpy() for name, parameter in peer.named_parameters()}
   ours = {name: tensor.read() for name, tensor in hf_tensors(gradients, model.skeleton, model.config, np.float32)}
   assert ours.keys() == theirs.keys()
