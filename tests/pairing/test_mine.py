@@ -58,3 +58,12 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
 
 def test_accuracy_is_over_decided_pairs_and_a_students_tie_is_half():
   assert accuracy([1.0, -1.0, 0.0, 5.0], [WIN, WIN, LOSS, TIE]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("prompts", [1, 3, 6, 128])
+def test_interval_allows_for_what_too_few_prompts_cannot_show(prompts):
+  """Where all prompts are won, the lower end is the chance of a win with which that happens once in forty times."""
+  low, high = bootstrap_interval([[WIN, WIN]] * prompts, resamples=400, seed=0)
+  assert high == 1.0 and low**prompts == pytest.approx(0.025)
+  assert bootstrap_interval([[LOSS, LOSS]] * prompts, resamples=400, seed=0) == pytest.approx((0.0, 1 - low))
+  assert bootstrap_interval([[TIE]] * prompts, resamples=400, seed=0) == pytest.approx((low / 2, 1 - low / 2))

@@ -25,17 +25,24 @@ def win_rate(verdicts: Sequence[Sequence[Verdict]]) -> float:
 def bootstrap_interval(
   verdicts: Sequence[Sequence[Verdict]], *, resamples: int, seed: int, confidence: float = 0.95
 ) -> tuple[float, float]:
-  """Percentile interval of the win rate, resampling prompts: answers to one prompt are not independent."""
+  """Percentile interval of the win rate, resampling prompts: answers to one prompt are not independent.
+
+  Where all n prompts are alike, so that resamples are too, it allows for other prompts that are too rare to have shown:
+  a share of 1 - 0.025^(1/n) of them (Clopper and Pearson 1934), with any outcome.
+  """
   rows = [[POINTS[verdict] for verdict in row if verdict in POINTS] for row in verdicts]
   rows = [row for row in rows if row]
   if not rows:
     return float("nan"), float("nan")
   points = np.asarray([sum(row) for row in rows])
   counts = np.asarray([len(row) for row in rows])
+  tail = (1 - confidence) / 2
+  if np.ptp(points / counts) == 0:
+    rate, unseen = points[0] / counts[0], 1 - tail ** (1 / len(rows))
+    return float(rate * (1 - unseen)), float(rate + (1 - rate) * unseen)
   drawn = np.random.default_rng(seed).integers(0, len(rows), (resamples, len(rows)))
   rates = points[drawn].sum(1) / counts[drawn].sum(1)
-  tail = 100 * (1 - confidence) / 2
-  low, high = np.percentile(rates, [tail, 100 - tail])
+  low, high = np.quantile(rates, [tail, 1 - tail])
   return float(low), float(high)
 
 
