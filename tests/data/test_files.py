@@ -57,6 +57,38 @@ FORMATS = {
 }
 
 
+MORE_TURNS = [{"role": "assistant", "content": "ho"}, {"role": "user", "content": "and?"}]
+GOOD, BAD = ({"role": "assistant", "content": content} for content in ("good", "bad"))
+SYSTEM = {"role": "system", "content": "be kind"}
+
+
+@pytest.mark.parametrize(
+  ("prompt", "turns", "expected"),
+  [
+    (USER, MORE_TURNS, [*USER, *MORE_TURNS]),  # goes on where the prompt ends
+    ("hi", MORE_TURNS, [*USER, *MORE_TURNS]),
+    (" hi ", [*USER, *MORE_TURNS], [*USER, *MORE_TURNS]),  # repeats it
+    ("hi", [SYSTEM, *USER], [SYSTEM, *USER]),  # repeats it behind something that it leaves out
+  ],
+)
+def test_prompt_beside_whole_conversations_is_not_lost(prompt, turns, expected, tmp_path):
+  row = {"prompt": prompt, "chosen": [*turns, GOOD], "rejected": [*turns, BAD]}
+  assert read_preferences(jsonl(tmp_path, row)) == [PAIR._replace(prompt=expected)]
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"prompt": "another"}, "row 1: chosen and rejected begin with another user turn than `prompt` ends with"),
+    ({"rejected": [*USER, *USER]}, "row 1: a response is text or one assistant message"),
+  ],
+)
+def test_conversations_that_do_not_fit_are_named(changes, said, tmp_path):
+  row = {"prompt": "hi", "chosen": [*USER, GOOD], "rejected": [*USER, BAD]}
+  with pytest.raises(UserError, match=said):
+    read_preferences(jsonl(tmp_path, row | changes))
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_preference_format_gives_the_same_pair(form, tmp_path):
   assert read_preferences(jsonl(tmp_path, FORMATS[form])) == [PAIR]

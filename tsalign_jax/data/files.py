@@ -137,15 +137,28 @@ def _file_digest(file: Path, size: int, modified: int) -> str:
 def _preference(row: dict, where: str) -> PreferencePair:
   chosen, rejected = row["chosen"], row["rejected"]
   whole = all(isinstance(side, list) and len(side) > 1 for side in (chosen, rejected))
-  if whole:  # two conversations that differ in their last turn; a `prompt` beside them only repeats their start
+  if whole:  # two conversations that differ in their last turn
     if chosen[:-1] != rejected[:-1]:
       raise UserError(f"{where}: chosen and rejected are conversations that differ before their last turn")
-    return PreferencePair(
-      conversation(chosen[:-1], where), _response(chosen[-1:], where), _response(rejected[-1:], where)
-    )
+    start = conversation(_begun(row.get("prompt"), chosen[:-1], where), where)
+    return PreferencePair(start, _response(chosen[-1:], where), _response(rejected[-1:], where))
   if "prompt" not in row:
     raise UserError(f"{where}: no `prompt`, and chosen and rejected are not conversations that begin with one")
   return PreferencePair(conversation(row["prompt"], where), _response(chosen, where), _response(rejected, where))
+
+
+def _begun(prompt: Any, turns: list, where: str) -> list:
+  """The turns with the prompt before them, unless they repeat it, as they do in many data sets."""
+  if prompt is None:
+    return turns
+  before = conversation(prompt, where)
+  said = [(turn["role"], turn["content"].strip()) for turn in conversation([*before, *turns], where)]
+  first, rest = said[: len(before)], said[len(before) :]
+  if any(rest[start : start + len(first)] == first for start in range(len(rest))):
+    return turns
+  if rest[0][0] == first[-1][0]:
+    raise UserError(f"{where}: chosen and rejected begin with another {rest[0][0]} turn than `prompt` ends with")
+  return [*before, *turns]
 
 
 def _margin(row: dict, column: str, where: str) -> float:
@@ -160,7 +173,7 @@ def _margin(row: dict, column: str, where: str) -> float:
 def _response(value: Any, where: str) -> str:
   if isinstance(value, str):
     return value
-  if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+  if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "assistant":
     content = value[0].get("content")
     if isinstance(content, str):
       return content
