@@ -21,7 +21,10 @@ class Manifest:
   def __init__(self, run: Path):
     """Raises UserError for a folder that another version of this package has written."""
     self.run, self.file = Path(run), Path(run) / "manifest.json"
-    content = json.loads(self.file.read_text()) if self.file.exists() else {"version": VERSION, "stages": {}}
+    try:
+      content = json.loads(self.file.read_text()) if self.file.exists() else {"version": VERSION, "stages": {}}
+    except ValueError as error:
+      raise UserError(f"{self.file}: damaged ({error}); restore it, or start a new run folder") from error
     if content["version"] != VERSION:
       raise UserError(
         f"{self.file}: written by another version of tsalign_jax; finish it with that, or start a new run"
@@ -49,6 +52,16 @@ class Manifest:
         raise UserError(
           f"{path}: changed since stage {stage} read it; restore it, or start a new run folder for the new input"
         )
+
+
+def make_durable(path: Path) -> None:
+  """Returns when a file, or all that is in a folder, is on disk, names included: a machine may lose its power."""
+  for each in [path.parent, path, *(path.rglob("*") if path.is_dir() else ())]:
+    descriptor = os.open(each, os.O_RDONLY)
+    try:
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -1,6 +1,7 @@
 """The tables of a run folder: parquet files with one fixed schema each."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tsalign_jax.types import Prompt
+from tsalign_jax.types import Prompt, UserError
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
@@ -90,15 +91,23 @@ Rows = list[dict[str, Any]]
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
-  """Writes rows as parquet; the file appears whole or not at all."""
+  """Writes rows as parquet; the file appears whole or not at all, and its content is on disk before it appears."""
   temporary = Path(f"{path}.tmp")
-  pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), temporary)
+  with temporary.open("wb") as out:
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), out)
+    out.flush()
+    os.fsync(out.fileno())
   temporary.replace(path)
 
 
 def read_table(path: Path, *, used_only: bool = False) -> Rows:
-  """The rows of a table; with `used_only`, those without a reason to be dropped."""
-  rows = pq.read_table(path).to_pylist()
+  """The rows of a table; with `used_only`, those without a reason to be dropped. UserError where it is damaged."""
+  try:
+    rows = pq.read_table(path).to_pylist()
+  except (pa.ArrowInvalid, OSError) as error:
+    raise UserError(
+      f"{path}: damaged ({str(error).splitlines()[0]}); restore it; in a .partial folder, delete it"
+    ) from error
   return [row for row in rows if row["dropped"] is None] if used_only else rows
 
 
