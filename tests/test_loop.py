@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -22,9 +23,11 @@ from rich.console import Console
 
 from tsalign_jax import loop
 from tsalign_jax.config import load_config
+from tsalign_jax.data.tables import read_table
 from tsalign_jax.loop import run
 from tsalign_jax.manifest import VERSION, Manifest, write_json
 from tsalign_jax.progress import terminal_progress
+from tsalign_jax.recipes.step import Step
 from tsalign_jax.stages import judge
 from tsalign_jax.teachers import checks
 from tsalign_jax.types import UserError
@@ -196,6 +199,68 @@ def test_the_teacher_as_a_further_judge_is_refused_before_anything_happens(tmp_p
   with pytest.raises(UserError, match=r"evaluation.judges.gold: this is the teacher again, or a member of it"):
     run(load_config(config), QUIET)
   assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+  "judge",
+  [
+    {"kind": "reward_model", "path": "TEACHER", "dtype": "float32", "max_tokens": 64},
+    {"kind": "ensemble", "members": [{"kind": "checks"}, {"kind": "reward_model", "path": "TEACHER"}]},
+  ],
+)
+def test_the_teacher_in_another_dtype_is_no_other_judge(judge, tmp_path):
+  tiny.decoder("qwen3", tmp_path / "teacher", reward=True)
+  tiny.tokenizer(tmp_path / "teacher")
+  judge = json.loads(json.dumps(judge).replace("TEACHER", str(tmp_path / "teacher")))
+  teacher = {"kind": "reward_model", "path": str(tmp_path / "teacher")}
+  config = tiny.run_config(tmp_path, teacher=teacher, evaluation={"judges": {"gold": judge}})
+  with pytest.raises(UserError, match=r"evaluation.judges.gold: this is the teacher again, or a member of it"):
+    run(load_config(config), QUIET)
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_a_layout_that_an_encoder_cannot_have_is_refused_before_anything_happens(who, tmp_path):
+  config = tiny.run_config(tmp_path, teacher={"kind": "reward_model", "path": str(tmp_path / "student")})
+  with pytest.raises(UserError, match=r"student: the layers of an encoder are always apart; leave layout = stacked"):
+    run(load_config(config, [f"{who}.layout=stacked"]), QUIET)
+  assert not (tmp_path / "run").exists()
+
+
+def one_stage(name, stage) -> list[Step]:
+  return [Step(f"round_01/{name}", stage, {}, {"out": "out.txt"})]
+
+
+def test_a_stage_that_needs_too_much_memory_names_what_to_lower(tmp_path):
+  def align(job):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes.")
+
+  settings = load_config(tiny.run_config(tmp_path))
+  with pytest.raises(UserError, match=r"round_01/align: out of device memory; lower align.microbatch_tokens, or set"):
+    loop.run_steps(settings, one_stage("align", align), QUIET, lambda: None, lambda *_: None)
+
+
+def test_what_a_stage_wrote_is_on_disk_before_the_stage_is_in_the_manifest(tmp_path, monkeypatch):
+  def score(job):
+    job.writes["out"].write_text("done")
+    return {}
+
+  synced, fsync = [], os.fsync
+  monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.stat(file).st_ino) or fsync(file))
+  settings = load_config(tiny.run_config(tmp_path))
+  loop.run_steps(settings, one_stage("score", score), QUIET, lambda: None, lambda *_: None)
+  order = [settings.run / "round_01", settings.run / "round_01" / "out.txt", settings.run / "manifest.json"]
+  assert [inode for inode in synced if inode in [file.stat().st_ino for file in order]] == [
+    file.stat().st_ino for file in order
+  ]
+
+
+def test_a_damaged_manifest_or_table_is_named(tmp_path):
+  (tmp_path / "manifest.json").write_text('{"version": 2, "sta')
+  with pytest.raises(UserError, match=r"manifest.json: damaged \(.*\); restore it, or start a new run folder"):
+    Manifest(tmp_path)
+  (tmp_path / "00000000.parquet").write_bytes(b"PAR1")
+  with pytest.raises(UserError, match=r"00000000.parquet: damaged"):
+    read_table(tmp_path / "00000000.parquet")
 
 
 def test_a_judge_of_a_run_folder_may_change_until_it_has_judged(tmp_path):
@@ -377,7 +442,7 @@ def stopping_at(stage: str, steps: int):
     def display(total, unit):
       done = 0
 
-      def advance(amount, note=""):
+      def advance(amount, note="", *, earlier=False):
         nonlocal done
         done += amount
         if name == stage and done >= steps:

@@ -25,5 +25,15 @@ def test_a_log_gets_a_line_a_minute_and_one_at_the_end():
   assert lines[-1].startswith("✓ round_01/sample")
 
 
+def test_what_an_earlier_attempt_did_is_done_and_says_nothing_of_the_speed():
+  now, out = [0.0], io.StringIO()
+  console = Console(file=out, force_terminal=False, width=60)
+  with terminal_progress(console, lambda: now[0])("round_01/align")(100, "steps") as advance:
+    advance(60, earlier=True)
+    now[0] = float(SILENCE)
+    advance(6)
+  assert out.getvalue().split()[:7] == ["round_01/align", "66", "of", "100", "steps", "0.1", "steps/s"]
+
+
 def test_a_stage_of_a_few_seconds_is_one_line():
   assert len(shown([1.0] * 8)) == 1

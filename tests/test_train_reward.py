@@ -293,7 +293,7 @@ def test_an_encoder_has_no_use_for_a_template(tmp_path):
 def test_nothing_left_to_learn_from_is_said(tmp_path):
   config = config_file(tmp_path)
   settings = load_config(config, ["model.max_tokens=5"], RewardConfig)
-  with pytest.raises(UserError, match=r"pairs.train: no pair is left to learn from .*'longer than 5 tokens': 65"):
+  with pytest.raises(UserError, match=r"pairs.train: no pair is left to learn from .*longer than 5 tokens: 65"):
     train_reward(settings, QUIET)
 
 

@@ -70,7 +70,7 @@ class RewardModel(Model):
   """A model that scores responses: a decoder or an encoder."""
 
   max_tokens: Count = 512
-  """Longest prompt plus response it reads; longer ones lose the start of the prompt, and are counted."""
+  """Longest prompt plus response it reads, if it has so many positions; longer ones lose the start of the prompt."""
   batch_tokens: Count = 4096
   """Tokens scored at once, on all devices together; a prompt and its responses are a batch even if they are more."""
 

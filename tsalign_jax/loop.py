@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
 
 from tsalign_jax.config import Config, RewardConfig, changed_keys, dump_config, load_config
 from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.files import fingerprint, prompt_key, read_preferences, read_prompts
 from tsalign_jax.host_memory import give_back
-from tsalign_jax.manifest import Manifest, write_json
+from tsalign_jax.manifest import Manifest, make_durable, write_json
 from tsalign_jax.models.config import DecoderConfig
 from tsalign_jax.models.hf import WeightFiles
 from tsalign_jax.models.loading import policy_config
@@ -38,6 +39,17 @@ GROWING = {"rounds"}  # keys that may grow between two runs on one folder
 FREE_SECTIONS = {"endpoint", "mesh", "sampling_mesh"}
 FREE = {"sampling_mesh", "remat", "checkpoint_every", "microbatch_tokens", "batch_tokens", "batch_prompts", "lanes"}
 JUDGES = "evaluation.judges"
+# What makes a stage, of a run or of a reward model's training, need less memory; all of it may change.
+MEMORY = {
+  "sample": "sampling.batch_prompts or sampling.lanes",
+  "answer": "sampling.batch_prompts or sampling.lanes",
+  "score": "student.batch_tokens",
+  "judge": "batch_tokens of the teacher",
+  "align": "align.microbatch_tokens, or set policy.remat to true",
+  "distil": "distil.microbatch_tokens, or set student.remat to true",
+  "evaluate": "batch_tokens of the models that score, or align.microbatch_tokens",
+  "train": "training.microbatch_tokens, or set model.remat to true",
+}
 
 
 def run(config: Config, progress_of: Callable[[str], Progress]) -> None:
@@ -121,12 +133,19 @@ def _execute(step: Step, config: Config | RewardConfig, mesh, manifest: Manifest
   reads = {role: fingerprint(path) for role, path in step.reads.items()}
   _check_same_inputs(step, partial, reads)
   writes = {name: out / file for name, file in step.writes.items()}
-  counts = step.stage(Job(step.name, step.reads, writes, partial, step.options, config, mesh, progress))
+  try:
+    counts = step.stage(Job(step.name, step.reads, writes, partial, step.options, config, mesh, progress))
+  except jax.errors.JaxRuntimeError as error:
+    less = MEMORY.get(step.stage_name)
+    if "RESOURCE_EXHAUSTED" not in str(error) or not less:
+      raise
+    raise UserError(f"{step.name}: out of device memory; lower {less}, and give the same command again") from error
   final = {name: folder / file for name, file in step.writes.items()}
   for name, path in writes.items():
     if final[name].is_dir():
       shutil.rmtree(final[name])
     path.replace(final[name])
+    make_durable(final[name])
   entry = {
     "reads": reads,
     "writes": {str(path.relative_to(config.run)): fingerprint(path) for path in final.values()},
@@ -168,7 +187,7 @@ def _check_inputs(config: Config) -> tuple[Teacher, dict[str, Teacher]]:
 
   Raises whatever is wrong with them, models or files, before a device is touched or a file written.
   """
-  policy, student = policy_config(config.policy), check_reader(config.student.path)
+  policy, student = policy_config(config.policy), check_reader(config.student)
   chat = Chat.load(config.policy.path)
   WeightFiles(config.policy.path)
   check_targets(config.align.lora, policy, "align")

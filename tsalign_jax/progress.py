@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-Advance = Callable[[float, str], None]
+Advance = Callable[..., None]
 SILENCE = 60  # seconds between two lines of a stage where no bar can be drawn
 
 
@@ -21,17 +21,22 @@ def terminal_progress(console: Console, clock: Callable[[], float] = time.monoto
     @contextlib.contextmanager
     def display(total: int, unit: str) -> Iterator[Advance]:
       started = spoken = clock()
-      last = ""
+      before, last = 0.0, ""
       drawn = console.is_terminal or console.is_jupyter
       with Progress(*_columns(unit), console=console, transient=True, disable=not drawn) as bar:
         task = bar.add_task(stage, total=total, note="", rate="")
 
-        def advance(amount: float, note: str = "") -> None:
-          nonlocal last, spoken
+        def advance(amount: float, note: str = "", *, earlier: bool = False) -> None:
+          """So much more is done; what an earlier attempt did is, too, but says nothing of the speed."""
+          nonlocal last, spoken, before
           last, now = note or last, clock()
-          bar.advance(task, amount)
-          done = bar.tasks[0].completed
-          rate = f"{done / max(now - started, 1e-9):.1f} {unit}/s"
+          done = bar.tasks[0].completed + amount
+          if earlier:
+            before += amount
+            bar.reset(task, completed=done)
+          else:
+            bar.advance(task, amount)
+          rate = f"{(done - before) / max(now - started, 1e-9):.1f} {unit}/s"
           bar.update(task, note=last, rate=rate)
           if not drawn and now - spoken >= SILENCE:
             say(f"  {stage:20} {done:>7.0f} of {total} {unit}  {rate}  {last}")

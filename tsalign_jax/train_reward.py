@@ -40,7 +40,7 @@ def write_metrics(run: Path, manifest: Manifest) -> None:
 
 def _check_inputs(config: RewardConfig) -> None:
   path, template, heldout = config.model.path, config.model.chat_template, config.pairs.heldout
-  model = check_reader(path, template)
+  model = check_reader(config.model, template)
   check_targets(config.training.lora, model, "training")
   pairs = {source: read_preferences(source, margin=config.pairs.margin) for source in config.pairs.train}
   pairs[heldout] = read_preferences(heldout)

@@ -36,10 +36,12 @@ def test_each_step_is_launched_before_the_metrics_of_the_last_one_are_waited_for
     lambda: state,
     {},
     lambda indices: iter([len(indices)]),
+    section="align",
     pairs=11,
     seed=0,
     folder=Path(tmp_path),
     on_step=lambda number, metrics: booked.append(number),
+    on_resume=None,
   )
   one_late = ["step 0 of 2", "step 1 of 2", "fetch", "step 2 of 2", "fetch", "step 3 of 2", "fetch", "fetch"]
   assert events == [*one_late, "step 4 of 2", "step 5 of 1", "fetch", "fetch"]  # a checkpoint waits for its own

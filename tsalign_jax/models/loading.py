@@ -116,16 +116,22 @@ def language_model(model: settings.Model) -> ModelHandle:
   return _handle(model, policy_config(model))
 
 
+def reward_config(model: settings.Model) -> ModelConfig:
+  """The configuration of a folder that is, or may become, a reward model; UserError for a layout it cannot have."""
+  config = read_config(model.path)
+  if model.layout == "stacked" and isinstance(config, EncoderConfig):
+    raise UserError(f"{model.path}: the layers of an encoder are always apart; leave layout = stacked out")
+  return config
+
+
 def reward_model(model: settings.Model) -> ModelHandle:
   """The handle of a reward model; a folder without a reward head gets a fresh one when it is loaded."""
-  config = read_config(model.path)
+  config = reward_config(model)
   return _handle(model, dataclasses.replace(config, reward_head=True), fresh_head=not config.reward_head)
 
 
 def _handle(model: settings.Model, config: ModelConfig, *, fresh_head: bool = False) -> ModelHandle:
   layout = model.layout
-  if layout == "stacked" and isinstance(config, EncoderConfig):
-    raise UserError(f"{model.path}: the layers of an encoder are always apart; leave layout = stacked out")
   if layout == "auto":
     layout = "unrolled" if jax.default_backend() == "cpu" or isinstance(config, EncoderConfig) else "stacked"
   return ModelHandle(Path(model.path), config, layout, model.remat, model.dtype, model.param_dtype, fresh_head)

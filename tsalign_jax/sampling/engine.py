@@ -140,7 +140,9 @@ class Sampler:
       (ready,) = np.nonzero(np.asarray(complete))
       responses = jax.device_get(slots.done)
       if not np.isfinite(responses.logprob[ready]).all():
-        raise UserError(f"{self.source}: its log-probabilities are not finite; try dtype float32, or another model")
+        raise UserError(
+          f"{self.source}: its log-probabilities are not finite; begin a run in float32, or with another model"
+        )
       harvest = [(int(held[slot]), _on_host(responses, slot)) for slot in ready]
       held[ready] = EMPTY
     yield harvest

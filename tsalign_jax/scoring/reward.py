@@ -17,10 +17,10 @@ from tsalign_jax.config import RewardModel
 from tsalign_jax.data.batching import bucket, make_branches, pad_right, part_size
 from tsalign_jax.data.chat import Chat, load_tokenizer
 from tsalign_jax.data.packing import Item, Packing, row_cost, row_length
-from tsalign_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig, read_config
+from tsalign_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.hf import WeightFiles
-from tsalign_jax.models.loading import ModelHandle
+from tsalign_jax.models.loading import ModelHandle, reward_config
 from tsalign_jax.parallel.mesh import batch_ways, pipelined, put_batch
 from tsalign_jax.types import Branches, Conversation, Packed, UserError
 
@@ -130,7 +130,7 @@ class RewardEngine(abc.ABC):
     launched = ((place, self.program(params, put_batch(batch, self.mesh))) for batch, place in batches)
     for place, scores in pipelined(launched):
       if not np.isfinite(scores := np.asarray(scores)).all():
-        raise UserError(f"{self.model.folder}: its scores are not finite; use dtype float32, or retrain it")
+        raise UserError(f"{self.model.folder}: its scores are not finite; retrain it, or begin a run in float32")
       for where in np.argwhere(place >= 0):
         index, responses, _ = units[place[tuple(where)]]
         got = found.setdefault(index, {})
@@ -358,12 +358,13 @@ def build_reward_engine(
   return DecoderEngine(model, mesh, settings, chat_template)
 
 
-def check_reader(folder: Path, chat_template: Path | None = None) -> ModelConfig:
-  """The configuration of a folder that can become a reward engine, with or without a reward head.
+def check_reader(model: RewardModel, chat_template: Path | None = None) -> ModelConfig:
+  """The configuration of a model that can become a reward engine, with or without a reward head.
 
-  Raises UserError, before a device is touched, for an unknown architecture, missing weights or no way to read text.
+  Raises UserError, before a device is touched, for an unknown architecture, a layout that it cannot have, missing
+  weights or no way to read text.
   """
-  config = read_config(folder)
+  config, folder = reward_config(model), model.path
   if isinstance(config, DecoderConfig):
     Chat.load(folder, chat_template)
   elif chat_template:

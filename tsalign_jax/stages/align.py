@@ -1,5 +1,6 @@
 """align: the policy learns from the pairs by DPO against a frozen reference."""
 
+import functools
 import shutil
 from collections.abc import Sequence
 
@@ -44,10 +45,12 @@ def align(job: Job) -> Counts:
       part.load,
       part.frozen,
       lambda step: make_batches(packing, step, reference, job.mesh),
+      section="align",
       pairs=len(items),
       seed=job.seed,
       folder=job.partial,
       on_step=on_step,
+      on_resume=functools.partial(advance, earlier=True),
     )
   save_tree(job.writes["policy"], model.stored(part.whole(trained)))
   shutil.copyfile(job.partial / "log.jsonl", job.writes["log"])

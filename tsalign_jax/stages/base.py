@@ -22,7 +22,7 @@ class Progress(Protocol):
   """Shows how far a stage is: `with progress(total, unit) as advance: advance(n, note)`."""
 
   def __call__(self, total: int, unit: str) -> Any:
-    """A context manager around a function (amount done, short note)."""
+    """A context manager around a function (amount done, short note, whether an earlier attempt of the stage did it)."""
     ...
 
 
@@ -103,6 +103,11 @@ class Pace:
   def per_second(self) -> float | None:
     """The amount done in a second; None if nothing was."""
     return self.done / self.seconds if self.done and self.seconds else None
+
+
+def in_words(dropped: Mapping[str, int]) -> str:
+  """How many were dropped for which reason: "longer than 60 tokens: 3, the prompt is held out: 1"."""
+  return ", ".join(f"{reason}: {count:,}" for reason, count in sorted(dropped.items())) or "there was none"
 
 
 Counts = dict[str, Any]  # what a stage reports: numbers for the manifest and the metrics

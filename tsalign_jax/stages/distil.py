@@ -1,5 +1,6 @@
 """distil: the student learns from the teacher's verdicts, mixed with pairs that it has seen before."""
 
+import functools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,9 +39,11 @@ def distil(job: Job) -> Counts:
       examples,
       settings,
       lambda: job.load(model, job.reads["student"]),
+      section="distil",
       seed=job.seed,
       folder=job.partial,
       on_step=lambda _, metrics: advance(1, f"loss {metrics['loss']:.3f} accuracy {metrics['accuracy']:.2f}"),
+      on_resume=functools.partial(advance, earlier=True),
     )
   save_tree(job.writes["student"], trained)
   shutil.copyfile(job.partial / "log.jsonl", job.writes["log"])

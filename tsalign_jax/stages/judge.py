@@ -35,7 +35,7 @@ def judge(job: Job) -> Counts:
           future = teacher.submit(pairs)
         yield groups[index], file, future
 
-    advance(len(candidates) - sum(len(groups[index]) for index, _ in missing), "")
+    advance(len(candidates) - sum(len(groups[index]) for index, _ in missing), earlier=True)
     for group, file, future in pipelined(submitted(), IN_FLIGHT if teacher.remote else 1):
       write_table(file, _rows(group, future.result()), VERDICTS)
       advance(len(group), teacher.note())

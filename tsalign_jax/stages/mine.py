@@ -7,20 +7,26 @@ from typing import Any
 from tsalign_jax.config import Mining
 from tsalign_jax.data.tables import CANDIDATES, Rows, by_prompt, read_table, write_table
 from tsalign_jax.pairing.mine import best_worst, random_pairs, usable
-from tsalign_jax.stages.base import Counts, Job
+from tsalign_jax.stages.base import Counts, Job, in_words
+from tsalign_jax.types import UserError
 
 
 def mine(job: Job) -> Counts:
   """Writes `candidates`: one best/worst pair a prompt, or `pairs` random ones. Dropped prompts keep a row.
 
-  Options: `strategy`, and `pairs` for the random one.
+  Options: `strategy`, and `pairs` for the random one. Raises UserError when no pair is left.
   """
   responses = by_prompt(read_table(job.reads["responses"]))
   scores = by_prompt(read_table(job.reads["scores"])) if "scores" in job.reads else {}
   settings = (job.config.mining, job.options, job.seed)
   table = [row for i, rows in responses.items() for row in candidates(*settings, i, rows, scores.get(i))]
-  write_table(job.writes["candidates"], table, CANDIDATES)
   dropped = Counter(row["dropped"] for row in table if row["dropped"])
+  if dropped.total() == len(table):
+    raise UserError(
+      f"{job.name}: no prompt has two responses to choose between ({in_words(dropped)}); begin a run in another "
+      "folder, with other settings of mining, or a higher sampling.max_new_tokens or temperature"
+    )
+  write_table(job.writes["candidates"], table, CANDIDATES)
   return {"candidates": len(table) - dropped.total(), "dropped": dict(sorted(dropped.items()))}
 
 

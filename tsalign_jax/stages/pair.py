@@ -3,7 +3,7 @@
 from collections import Counter
 
 from tsalign_jax.data.tables import PAIRS, read_table, write_table
-from tsalign_jax.stages.base import Counts, Job
+from tsalign_jax.stages.base import Counts, Job, in_words
 from tsalign_jax.types import UserError, Verdict
 
 REASONS = {
@@ -46,8 +46,8 @@ def pair(job: Job) -> Counts:
     )
   if not table:
     raise UserError(
-      f"{job.name}: the teacher decided no pair ({dict(dropped)}); begin a run in another folder, with more prompts a "
-      "round or more responses"
+      f"{job.name}: the teacher decided no pair ({in_words(dropped)}); begin a run in another folder, with more "
+      "prompts a round or more responses"
     )
   write_table(job.writes["pairs"], table, PAIRS)
   flips = [row["flipped"] for row in table if row["flipped"] is not None]

@@ -25,7 +25,7 @@ def sample(job: Job) -> Counts:
   params = job.load(model.for_inference, job.reads["policy"], mesh) if len(done) < len(prompts) else {}
   tokens = [(i, row["tokens"]) for i, row in prompts.items()]
   with job.progress(len(prompts) * sampling.responses, "responses") as advance, judging_ahead(job, prompts) as ahead:
-    advance(len(done) * sampling.responses, "")
+    advance(len(done) * sampling.responses, earlier=True)
     for file, harvest in zip(new_shards(job), sampler.run(params, tokens, job.key, done), strict=False):
       write_table(file, rows := _rows(harvest, chat), RESPONSES)
       if ahead:

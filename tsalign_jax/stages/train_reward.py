@@ -1,5 +1,6 @@
 """train: a reward model learns from preference pairs, and is written as a Hugging Face folder."""
 
+import functools
 import shutil
 from collections import Counter
 
@@ -8,7 +9,7 @@ from tsalign_jax.data.files import HELD_OUT, prompt_key, read_preferences
 from tsalign_jax.models.hf import save_params
 from tsalign_jax.models.loading import reward_model
 from tsalign_jax.scoring.reward import RewardEngine, build_reward_engine
-from tsalign_jax.stages.base import Counts, Job
+from tsalign_jax.stages.base import Counts, Job, in_words
 from tsalign_jax.training.reward import Example, fit, left_out_accuracy, make_example, probed
 from tsalign_jax.training.run import training_steps
 from tsalign_jax.types import UserError
@@ -27,7 +28,9 @@ def train_reward(job: Job) -> Counts:
   engine = build_reward_engine(model, job.mesh, config.model, config.model.chat_template)
   examples, dropped = usable_pairs(engine, config)
   if not examples:
-    raise UserError(f"pairs.train: no pair is left to learn from ({dropped}); raise model.max_tokens, or give others")
+    raise UserError(
+      f"pairs.train: no pair is left to learn from ({in_words(dropped)}); raise model.max_tokens, or give others"
+    )
   steps = training_steps(len(examples), settings)
   with job.progress(steps, "steps") as advance:
     advance(0, f"{dropped.total()} of {len(examples) + dropped.total()} pairs dropped")
@@ -46,9 +49,11 @@ def train_reward(job: Job) -> Counts:
       examples,
       settings,
       start,
+      section="training",
       seed=job.seed,
       folder=job.partial,
       on_step=lambda _, metrics: advance(1, f"loss {metrics['loss']:.3f} accuracy {metrics['accuracy']:.2f}"),
+      on_resume=functools.partial(advance, earlier=True),
     )
   written = {"dtype": model.param_dtype, "chat_template": config.model.chat_template}
   save_params(params, model.skeleton, model.config, model.folder, job.writes["model"], **written)

@@ -7,7 +7,7 @@ A response that was scored once is not scored again: scores are stored by prompt
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Self
 
@@ -38,17 +38,23 @@ class RewardModelTeacher(Teacher):
 
   def __init__(self, settings: Settings, run: Path, where: str, mesh: Mesh):
     """`where` is the teacher's key in the configuration. Raises UserError for a folder that cannot give scores."""
-    config = check_reader(settings.path)
+    config = check_reader(settings)
     if not config.reward_head:
       raise UserError(
         f"{where}.path: {settings.path} has no reward head; `tsalign train-reward` trains one and writes such a folder"
       )
+    self._limit = min(settings.max_tokens, config.max_tokens)
     content = [RULES, fingerprint(settings.path), settings.max_tokens, settings.dtype, settings.param_dtype]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     self.identity = f"reward_model {settings.path.name} {digest}"
     self._settings, self._run, self._where, self._mesh = settings, run, where, mesh
     self._chat = Chat.load(settings.path) if isinstance(config, DecoderConfig) else None
     self._model: tuple[RewardEngine, dict[str, jax.Array]] | None = None
+
+  @property
+  def opinions(self) -> Set[str]:
+    """Those of its weights, in any dtype and however much it reads."""
+    return {f"reward_model {fingerprint(self._settings.path)}"}
 
   def validate_prompts(self, prompts: Sequence[Prompt], source: str) -> None:
     """Raises UserError that names the first row which the model's chat template refuses, such as a system turn."""
@@ -72,7 +78,7 @@ class RewardModelTeacher(Teacher):
   def note(self) -> str:
     """How much has been scored so far: in this run, or in all that share its store."""
     total = self._store.total(self.identity)
-    cut = f", {total.cut:,} cut to {self._settings.max_tokens} tokens" if total.cut else ""
+    cut = f", {total.cut:,} cut to {self._limit} tokens" if total.cut else ""
     return f"{total.responses:,} responses scored{cut}"
 
   def __enter__(self) -> Self:

@@ -155,13 +155,16 @@ def fit(
   settings: RewardTraining,
   load: Callable[[], Params],
   *,
+  section: str,
   seed: int,
   folder: Path,
   on_step: Callable[[int, Mapping[str, float]], None],
+  on_resume: Callable[[int], None],
 ) -> dict[str, jax.Array]:
   """The model's parameters after training on these pairs, in the dtype in which they are kept, adapters merged.
 
   `load` gives the parameters to start from; `folder` holds checkpoints and log, from which a killed training goes on.
+  `section`, `on_step` and `on_resume` are those of `train`.
   """
   model, steps = engine.model, training_steps(len(examples), settings)
   part = trained_part(model, settings.lora, load, jax.random.key(seed), engine.mesh)
@@ -172,9 +175,11 @@ def fit(
     part.load,
     part.frozen,
     Examples(engine, examples, settings).parts,
+    section=section,
     pairs=len(examples),
     seed=seed,
     folder=folder,
     on_step=on_step,
+    on_resume=on_resume,
   )
   return model.stored(part.whole(trained))

@@ -42,15 +42,18 @@ def train(
   frozen: Params,
   make_parts: MakeParts,
   *,
+  section: str,
   pairs: int,
   seed: int,
   folder: Path,
   on_step: Callable[[int, dict[str, float]], None],
+  on_resume: Callable[[int], None],
 ) -> Params:
   """The trained parameters. Killed at any point and called again with the same `folder`, it ends the same.
 
   `load` gives the parameters to start from and is called only if there is no checkpoint to continue from; `abstract`
-  holds their shapes, dtypes and shardings. `folder` holds checkpoints and `log.jsonl`, one line a step.
+  holds their shapes, dtypes and shardings. `folder` holds checkpoints and `log.jsonl`, one line a step. `section` is
+  where the settings stand in the configuration; `on_resume` is told how many steps were done before.
   Raises UserError when the loss is no longer a number.
   """
   data, done = batches_of(pairs, settings, seed), 0
@@ -58,6 +61,7 @@ def train(
     if saved := checkpoints.latest(abstract, trainer.abstract_state(abstract)):
       done, trainable, opt_state, iterator = saved
       data.set_state(iterator)
+      on_resume(done)
     else:
       trainable = load()
       opt_state = trainer.init(trainable)
@@ -66,22 +70,25 @@ def train(
     for step, indices in enumerate(data, done):
       trainable, opt_state, metrics = trainer.step(trainable, frozen, opt_state, make_parts(indices.tolist()))
       if pending:
-        _book(log, trainer, *pending, on_step)
+        _book(log, trainer, section, *pending, on_step)
       pending = (step, metrics)  # fetched one step late, so that the device never waits for the host
       if (step + 1) % settings.checkpoint_every == 0:
-        _book(log, trainer, *pending, on_step)
+        _book(log, trainer, section, *pending, on_step)
         pending = None
         checkpoints.save(step + 1, trainable, opt_state, data.get_state())
     if pending:
-      _book(log, trainer, *pending, on_step)
+      _book(log, trainer, section, *pending, on_step)
     log.close()
   return trainable
 
 
-def _book(log, trainer: Trainer, step: int, metrics, on_step) -> None:
+def _book(log, trainer: Trainer, section: str, step: int, metrics, on_step) -> None:
   values = fetch(metrics) | {"learning_rate": float(trainer.schedule(step))}
   if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-    raise UserError(f"step {step}: the loss is {values['loss']}; start a new run with a lower learning_rate")
+    raise UserError(
+      f"{section}: at step {step} the loss is {values['loss']:.3g}, and its gradient's norm {values['grad_norm']:.3g}; "
+      f"begin a run in another folder with a lower {section}.learning_rate"
+    )
   on_step(step, values)
   log.write(json.dumps({"step": step, **values}) + "\n")
   log.flush()
