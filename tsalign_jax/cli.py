@@ -115,7 +115,6 @@ def report(run: RunFolder) -> None:
   from tsalign_jax.report.html import write_report
   from tsalign_jax.report.table import closing_table
 
-  _need_run(run)
   console.print(closing_table(run))
   console.print(f"Report: {write_report(run)}", soft_wrap=True)
 
@@ -125,7 +124,6 @@ def verdicts(run: RunFolder) -> None:
   """Show how the teacher judged in a run: counts, consistency, a liking for a slot or for length, and cost."""
   from tsalign_jax.report.verdicts import verdict_tables
 
-  _need_run(run)
   for table in verdict_tables(run):
     console.print(table)
 
@@ -141,7 +139,6 @@ def export(
   """Write an aligned model as a Hugging Face folder, which transformers and vLLM load."""
   from tsalign_jax.export import export_model
 
-  _need_run(run)
   export_model(run, out, round=round, student=student, dtype=dtype)
   console.print(f"Wrote {out}", soft_wrap=True)
 
@@ -171,11 +168,6 @@ def generate(
 
   for name, rows in zip(("train", "heldout"), generate_prompts(train, heldout, seed), strict=True):
     console.print(f"Wrote {write_jsonl(rows, out / f'{name}.jsonl')}", soft_wrap=True)
-
-
-def _need_run(folder: Path) -> None:
-  if not (folder / "config.yaml").is_file():
-    raise UserError(f"{folder}: not a run folder, there is no config.yaml in it")
 
 
 def main() -> None:

@@ -9,14 +9,16 @@ from tsalign_jax.models.hf import save_params
 from tsalign_jax.models.loading import language_model, reward_model
 from tsalign_jax.parallel.mesh import make_mesh
 from tsalign_jax.recipes.ts_align import round_name
+from tsalign_jax.report.load import read_configuration
 from tsalign_jax.types import UserError
 
 
 def export_model(run: Path, out: Path, *, round: int | None, student: bool, dtype: str) -> None:
   """Writes the policy or student of a finished round; config and tokenizer come from the model it started from.
 
-  Raises UserError when `out` exists, the round is not finished, or the dtype is unknown.
+  Raises UserError when there is no run, `out` exists, the round is not finished, or the dtype is unknown.
   """
+  read_configuration(run)
   if dtype not in ("float32", "bfloat16"):
     raise UserError(f"--dtype: {dtype!r} is unknown; use float32 or bfloat16")
   if out.exists():

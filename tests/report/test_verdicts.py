@@ -58,8 +58,9 @@ def test_counts_and_shares_of_every_stage(run):
   assert ["warm", "start", "3", "0", "1", "1", "1", "0", "50", "75", "–"] in printed
   assert ["round", "1", "1", "1", "0", "0", "0", "0", "100", "50", "100"] in printed
   assert ["round", "1", "held", "out", "3", "1", "1", "0", "0", "1", "–", "–", "50"] in printed
-  assert ["all", "7", "2", "2", "1", "1", "1", "67", "67", "67"] in printed
-  assert ["all,", "in", "%", "29", "29", "14", "14", "14"] in printed
+  assert ["all", "pairs", "4", "1", "1", "1", "1", "0", "67", "67", "100"] in printed
+  assert ["all", "held", "out", "3", "1", "1", "0", "0", "1", "–", "–", "50"] in printed
+  assert ["in", "%", "25", "25", "25", "25", "0"] in printed and ["in", "%", "33", "33", "0", "0", "33"] in printed
   assert "Requests" not in str(printed)
 
 
@@ -70,8 +71,8 @@ def test_teacher_is_named_and_members_have_their_own_lines(run):
   write_table(run / "round_01" / "verdicts.parquet", rows, VERDICTS)
   printed = lines(run)
   assert ["Verdicts", "of", "ensemble", "[x]"] in printed
-  assert ["judge", "[0]", "1", "1", "0", "0", "0", "0", "100"] in printed
-  assert ["judge", "[1]", "1", "0", "1", "0", "0", "0", "0"] in printed
+  assert ["judge", "[0],", "pairs", "1", "1", "0", "0", "0", "0", "100"] in printed
+  assert ["judge", "[1],", "pairs", "1", "0", "1", "0", "0", "0", "0"] in printed
 
 
 def test_further_judges_have_their_own_lines(run):
@@ -82,7 +83,7 @@ def test_further_judges_have_their_own_lines(run):
   printed = lines(run)
   assert ["Verdicts", "of", "further", "judges"] in printed
   assert ["gold,", "round", "1", "3", "0", "1", "0", "1", "1", "0"] in printed
-  assert ["all", "7", "2", "2", "1", "1", "1", "67", "67", "67"] in printed  # the teacher's alone
+  assert ["all", "held", "out", "3", "1", "1", "0", "0", "1", "–", "–", "50"] in printed  # the teacher's alone
 
 
 def test_reward_models_have_a_table_of_what_they_scored(run):

@@ -152,14 +152,20 @@ class Comparison:
 def load_run(folder: Path) -> Run:
   """The run in a folder, finished or not; raises UserError if the folder holds no run."""
   folder = Path(folder)
-  config = folder / "config.yaml"
+  text = read_configuration(folder)
+  rounds = [_load_round(number, path) for number, path in round_folders(folder)]
+  return Run(folder, text, yaml.safe_load(text) or {}, rounds)
+
+
+def read_configuration(run: Path) -> str:
+  """The configuration of the run in a folder, as text; UserError if it holds none, or one without rounds."""
+  config = Path(run) / "config.yaml"
   if not config.is_file():
-    raise UserError(f"{folder}: not the folder of a run, as it holds no config.yaml")
+    raise UserError(f"{run}: not the folder of a run, as it holds no config.yaml")
   text = config.read_text(encoding="utf-8")
-  settings = yaml.safe_load(text) or {}
-  if "pairs" in settings:
-    raise UserError(f"{folder}: a reward model was trained here, without rounds to report; metrics.json says how good")
-  return Run(folder, text, settings, [_load_round(number, path) for number, path in round_folders(folder)])
+  if "pairs" in (yaml.safe_load(text) or {}):
+    raise UserError(f"{run}: a reward model was trained here, without rounds; it is in {config.with_name('model')}")
+  return text
 
 
 def round_folders(run: Path) -> list[tuple[int, Path]]:

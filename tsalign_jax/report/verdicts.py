@@ -11,32 +11,42 @@ from rich.table import Table
 
 from tsalign_jax.data.tables import Rows, read_table
 from tsalign_jax.nested import walk
-from tsalign_jax.report.load import round_folders
+from tsalign_jax.report.load import read_configuration, round_folders
 from tsalign_jax.report.words import percent
 from tsalign_jax.teachers import ledger
 from tsalign_jax.teachers.statistics import Judged, by_member, statistics
 from tsalign_jax.teachers.store import STORE, Scored, scored
 from tsalign_jax.types import UserError, Verdict
 
+PAIRS, HELD_OUT, ALL = "pairs", "held out", "all"  # two kinds of verdicts: what comes first is another thing in each
 _COUNTS = {Verdict.FIRST: "1st", Verdict.SECOND: "2nd", Verdict.TIE: "tie", Verdict.INCONSISTENT: "incon-\nsistent"}
 _COUNTS |= {Verdict.ERROR: "error"}
 _SHARES = {"orders_agree": "orders\nagree", "first_slot_wins": "slot A\nwins", "longer_wins": "longer\nwins"}
 _SHARES |= {"agreement": "members\nagree"}
 _MEANING = (
-  "1st: the student's pick of mined pairs, or the aligned policy's answer where it is held out. In %: orders agree, of "
-  "pairs asked in both; slot A wins, of answers that prefer a side (50 is fair); longer wins, of decided pairs."
+  "1st: the student's pick of mined pairs, and the aligned policy's answer where it is held out. In %: orders agree, "
+  "of pairs asked in both; slot A wins, of answers that prefer a side (50 is fair); longer wins, of decided pairs."
 )
 
 
 def verdict_tables(run: Path) -> list[Table]:
-  """Verdicts by stage, for the teacher and for each member of an ensemble; what was scored; a bill of what was paid."""
-  sets, bill = _judged(run), ledger.accounts(run / ledger.FILE)
-  scores = {store: found for store in (run / STORE, *_shared_stores(run)) if (found := scored(store))}
-  everything = [each for judged in sets.values() for each in judged]
-  if not (everything or bill or scores):
+  """Verdicts by stage, for the teacher and for each member of an ensemble; what was scored; a bill of what was paid.
+
+  Raises UserError for a folder without a run, or one in which nothing was judged yet.
+  """
+  configuration = yaml.safe_load(read_configuration(run)) or {}
+  kinds, bill = {PAIRS: _pairs(run), HELD_OUT: _comparisons(run)}, ledger.accounts(run / ledger.FILE)
+  scores = {store: found for store in (run / STORE, *_shared_stores(configuration)) if (found := scored(store))}
+  sets: dict[str, list[Judged]] = {}
+  members: dict[str, list[Judged]] = {}
+  for kind, judged in kinds.items():
+    everything = [each for part in judged.values() for each in part]
+    sets |= judged | ({f"{ALL} {kind}": everything} if everything else {})
+    members |= {f"{name}, {kind}": theirs for name, theirs in by_member(everything).items()}
+  if not (sets or bill or scores):
     raise UserError(f"{run}: nothing has been judged yet")
-  tables = [_verdicts({**sets, "all": everything}, f"Verdicts of {escape(_teacher(run))}")] if everything else []
-  if members := by_member(everything):
+  tables = [_verdicts(sets, f"Verdicts of {escape(_teacher(run))}")] if sets else []
+  if members:
     tables.append(_verdicts(members, "Verdicts of its members"))
   if others := _others(run):
     tables.append(_verdicts(others, "Verdicts of further judges"))
@@ -47,17 +57,23 @@ def verdict_tables(run: Path) -> list[Table]:
   return [*tables, _bill(bill)] if bill else tables
 
 
-def _judged(run: Path) -> dict[str, list[Judged]]:
-  """Verdicts on pairs of every round, and on held-out comparisons of every round."""
-  sets = {}
-  for number, folder in round_folders(run):
-    if (folder / "verdicts.parquet").is_file():
-      sets[f"round {number}" if number else "warm start"] = _pairs(folder)
-    if (folder / "comparisons.parquet").is_file():
-      sets[f"round {number} held out"] = [
-        _of_row(row, row["policy"], row["base"]) for row in read_table(folder / "comparisons.parquet")
-      ]
-  return sets
+def _pairs(run: Path) -> dict[str, list[Judged]]:
+  """Verdicts on the candidate pairs of every round."""
+  return {
+    f"round {number}" if number else "warm start": _of_round(folder)
+    for number, folder in round_folders(run)
+    if (folder / "verdicts.parquet").is_file()
+  }
+
+
+def _comparisons(run: Path) -> dict[str, list[Judged]]:
+  """Verdicts on the held-out comparisons of every round."""
+  files = {number: folder / "comparisons.parquet" for number, folder in round_folders(run)}
+  return {
+    f"round {number} {HELD_OUT}": [_of_row(row, row["policy"], row["base"]) for row in read_table(file)]
+    for number, file in files.items()
+    if file.is_file()
+  }
 
 
 def _others(run: Path) -> dict[str, list[Judged]]:
@@ -72,7 +88,7 @@ def _others(run: Path) -> dict[str, list[Judged]]:
   return sets
 
 
-def _pairs(folder: Path) -> list[Judged]:
+def _of_round(folder: Path) -> list[Judged]:
   texts = {(row["prompt_id"], row["response_id"]): row["text"] for row in read_table(folder / "responses.parquet")}
   rows: Rows = read_table(folder / "verdicts.parquet")
   return [_of_row(row, texts[row["prompt_id"], row["first"]], texts[row["prompt_id"], row["second"]]) for row in rows]
@@ -87,12 +103,12 @@ def _teacher(run: Path) -> str:
   return json.loads(file.read_text())["teacher"] if file.is_file() else "the teacher"
 
 
-def _shared_stores(run: Path) -> list[Path]:
+def _shared_stores(configuration: dict) -> list[Path]:
   """The stores that the run's teachers share with other runs: whatever is called `store` in its configuration.
 
   What goes to a server as it is (`extra_body`) may have a field of that name too.
   """
-  everything = walk(yaml.safe_load((run / "config.yaml").read_text()), but="extra_body")
+  everything = walk(configuration, but="extra_body")
   return sorted({Path(value) for name, value in everything if name == "store" and value})
 
 
@@ -103,9 +119,8 @@ def _verdicts(sets: dict[str, list[Judged]], title: str) -> Table:
   for name, each in found.items():
     counts, shares = (each.counts[verdict] for verdict in _COUNTS), (getattr(each, share) for share in known)
     table.add_row(escape(name), str(each.pairs), *map(str, counts), *map(_points, shares))
-  if "all" in found:
-    counts = found["all"].counts
-    table.add_row("all, in %", "", *(_points(counts[verdict] / counts.total()) for verdict in _COUNTS))
+    if name.startswith(ALL):
+      table.add_row("  in %", "", *(_points(each.counts[verdict] / each.pairs) for verdict in _COUNTS))
   return table
 
 

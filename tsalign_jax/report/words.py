@@ -75,7 +75,6 @@ def caveats(run: Run, comparisons: Sequence[Comparison]) -> list[str]:
   found = [
     _interval_caveat(last.metrics),
     _unfinished_caveat(run),
-    _divergence_caveat(run.rounds),
     _length_caveat(last.metrics),
     _unjudged_caveat(comparisons),
     _undecided_caveat(last.metrics),
@@ -91,7 +90,7 @@ def _judge_caveat(metrics: Metrics) -> str:
   if not metrics.judges:
     return labelled + "pleased more often, which people or another judge may not share."
   found = ", ".join(f"{percent(judge.win_rate)} by {name}" for name, judge in metrics.judges.items())
-  return labelled + f"pleased more often. Judges that labelled nothing share less of its taste: {found}."
+  return labelled + f"pleased more often. By judges that labelled nothing: {found}."
 
 
 def _interval_caveat(metrics: Metrics) -> str | None:
@@ -107,12 +106,6 @@ def _interval_caveat(metrics: Metrics) -> str | None:
 def _unfinished_caveat(run: Run) -> str | None:
   done, planned = len(run.finished), run.setting("rounds")
   return f"The run is not finished: {done} of {planned} rounds are." if planned and done < planned else None
-
-
-def _divergence_caveat(rounds: Sequence[Round]) -> str | None:
-  broken = {round.number: sum(row.get("loss") is None for row in round.align) for round in rounds}
-  named = [f"{count} of round {number}" for number, count in broken.items() if count]
-  return f"The loss of align was not finite at some steps: {', '.join(named)}." if named else None
 
 
 def _length_caveat(metrics: Metrics) -> str | None:
