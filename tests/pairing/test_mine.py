@@ -57,7 +57,17 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
 
 
 def test_accuracy_is_over_decided_pairs_and_a_students_tie_is_half():
-  assert accuracy([1.0, -1.0, 0.0, 5.0], [WIN, WIN, LOSS, TIE]) == pytest.approx(0.5)
+  judged = [[(1.0, WIN), (-1.0, WIN)], [(0.0, LOSS), (5.0, TIE)], [(2.0, ERROR)]]
+  found = accuracy(judged, resamples=200, seed=0)
+  assert found.share == 0.5 and found.pairs == 3 and found.interval[0] <= 0.5 <= found.interval[1]
+
+
+def test_interval_of_an_accuracy_resamples_prompts():
+  random = np.random.default_rng(0)
+  alone = [[(float(margin), WIN)] for margin in random.normal(0.3, 1, 100)]
+  of_prompts = [5 * row for row in alone]  # says nothing more
+  found = [accuracy(judged, resamples=500, seed=0).interval for judged in (alone, of_prompts)]
+  assert found[0] == found[1] and 0.1 < found[0][1] - found[0][0] < 0.3
 
 
 @pytest.mark.parametrize("prompts", [1, 3, 6, 128])

@@ -61,6 +61,7 @@ def test_report_shows_the_numbers_of_every_round(tmp_path, rounds):
     assert f"142 → {metrics['mean_length_policy']:.0f}" in seen
     assert f"{metrics['pairs']:,}" in seen
     assert f"64% → {100 * metrics['student_accuracy_random']['now']:.0f}%" in seen
+    assert f"{100 * metrics['student_accuracy_random']['now']:.1f}% (61.2% to 73.3%) of 471" in seen
   assert f"after round {rounds}" in seen and "128 held-out prompts" in seen and "256 comparisons" in seen
   assert "dropped: same answer" in seen and "10.9 min" in seen and "23.7 min" in seen
   assert "max_tokens: 512" in seen
@@ -73,7 +74,7 @@ def test_report_shows_the_numbers_of_every_round(tmp_path, rounds):
 def test_regret_is_shown_also_where_nobody_asked_for_calibration(tmp_path):
   run = fabricate(tmp_path / "run", 1)
   change_metrics(run, 1, student_calibration={})
-  assert "Regret of its pick" in words(page(run)) and "the student is sure" not in words(page(run))
+  assert "Regret of the pick that began the round" in words(page(run)) and "the student is sure" not in words(page(run))
 
 
 def test_comparisons_without_a_verdict_are_told_in_the_terminal_too(tmp_path):
@@ -97,10 +98,11 @@ def test_report_shows_what_judges_find_that_labelled_nothing(tmp_path):
 def test_report_says_how_good_the_student_is(tmp_path):
   run = fabricate(tmp_path / "run", 2)
   seen = words(page(run))
-  assert "1 21% → 17% 1.25 2.75 412 3.75" in seen and "2 21% → 13% 2.25 3.75 412 3.75" in seen
+  assert "1 67.1% (61.2% to 73.3%) of 471 61.3% (54.0% to 72.2%) of 117 21% → 17% 1.25 2.75 412 3.75" in seen
+  assert "2 70.1% (61.2% to 73.3%) of 471 64.3% (54.0% to 72.2%) of 117 21% → 13% 2.25 3.75 412 3.75" in seen
   assert "After round 2, the student is sure 55.4% 87.1% and right 53.1% 88.0% pairs 301 1,207" in seen
   change_metrics(run, 2, student_regret=None, pairs_per_second={"student": 9.0, "teacher": None})
-  assert "2 21% → 13% – – 9 –" in words(page(run))
+  assert "of 117 21% → 13% – – 9 –" in words(page(run))
   change_metrics(run, 2, student_calibration=None)
   assert "How good is the student?" not in words(page(run))
 
@@ -132,6 +134,13 @@ def test_caveats_name_longer_answers_a_better_round_and_failed_judgements(tmp_pa
   assert "not finished" not in seen
   change_metrics(run, 3, mean_length_policy=143.0)
   assert "about as long as before" in words(page(run))
+
+
+def test_responses_that_the_student_read_in_part_are_a_caveat(tmp_path):
+  run = fabricate(tmp_path / "run", 1)
+  assert "start of their prompt" not in words(page(run))
+  change_metrics(run, 1, student_cut=17, student_scored=1024)
+  assert "The student scored 17 of 1,024 responses of the last round without the start" in words(page(run))
 
 
 def test_a_run_that_is_not_finished_is_a_caveat(tmp_path):

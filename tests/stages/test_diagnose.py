@@ -80,11 +80,14 @@ def test_a_student_that_orders_backwards_and_one_that_agrees(job):
   )
   for kind in ("mined", "random"):
     assert found[f"student_accuracy_{kind}"] == {"initial": 0.0, "now": 1.0}
+    low, high = found[f"student_accuracy_{kind}_ci"]["now"]
+    assert 0.5 < low < high == 1.0
   assert found["student_calibration"]["initial"]["error"] > 0.7 > found["student_calibration"]["now"]["error"]
   asked = {pair.prompt.id for pair in teacher.asked}
   assert len(asked | {11}) in (8, 9) and asked < {*PROMPT_IDS}
   # Three random pairs of three different answers, and the best and the worst by each student.
   assert len(teacher.asked) == 5 * len(asked)
+  assert found["student_pairs"]["now"] == {"mined": len(asked), "random": 3 * len(asked)}
 
 
 def test_regret_is_what_the_pick_falls_short_of_the_best(job):

@@ -31,6 +31,12 @@ def bootstrap_interval(
   a share of 1 - 0.025^(1/n) of them (Clopper and Pearson 1934), with any outcome.
   """
   rows = [[POINTS[verdict] for verdict in row if verdict in POINTS] for row in verdicts]
+  return _mean_interval(rows, resamples=resamples, seed=seed, confidence=confidence)
+
+
+def _mean_interval(
+  rows: Sequence[Sequence[float]], *, resamples: int, seed: int, confidence: float = 0.95
+) -> tuple[float, float]:
   rows = [row for row in rows if row]
   if not rows:
     return float("nan"), float("nan")
@@ -46,14 +52,28 @@ def bootstrap_interval(
   return float(low), float(high)
 
 
-def accuracy(margins: Sequence[float], verdicts: Sequence[Verdict]) -> float:
-  """Share of the pairs the teacher decided that the student orders alike; a student's tie counts half."""
-  agreed = []
-  for margin, verdict in zip(margins, verdicts, strict=True):
-    if verdict in (Verdict.FIRST, Verdict.SECOND):
-      sign = 1 if verdict is Verdict.FIRST else -1
-      agreed.append(0.5 + 0.5 * np.sign(margin) * sign)
-  return float(np.mean(agreed)) if agreed else float("nan")
+class Accuracy(NamedTuple):
+  """How often a student orders pairs as the teacher does: a share, its 95% interval over prompts, and of how many."""
+
+  share: float
+  interval: tuple[float, float]
+  pairs: int
+
+
+def accuracy(judged: Sequence[Sequence[tuple[float, Verdict]]], *, resamples: int, seed: int) -> Accuracy:
+  """Of the pairs that the teacher decided; one inner list of (student's margin, teacher's verdict) a prompt."""
+  rows = [[_agrees(*each) for each in row if each[1] in _SIDES] for row in judged]
+  points = [each for row in rows for each in row]
+  share = float(np.mean(points)) if points else float("nan")
+  return Accuracy(share, _mean_interval(rows, resamples=resamples, seed=seed), len(points))
+
+
+_SIDES = {Verdict.FIRST: 1, Verdict.SECOND: -1}
+
+
+def _agrees(margin: float, verdict: Verdict) -> float:
+  """1 where a student with this margin orders a pair as the teacher does, 0 where it does not, 0.5 for its ties."""
+  return 0.5 + 0.5 * float(np.sign(margin)) * _SIDES[verdict]
 
 
 class Bin(NamedTuple):
@@ -77,12 +97,11 @@ def calibration(margins: Sequence[float], verdicts: Sequence[Verdict], *, bins: 
   The student is sure of its order with probability sigmoid(|margin|), between 0.5 and 1; the bins divide this range
   evenly, and empty ones are left out. It is right where the teacher's order is the same; its ties count half.
   """
-  decided = [(m, v) for m, v in zip(margins, verdicts, strict=True) if v in (Verdict.FIRST, Verdict.SECOND)]
+  decided = [(m, v) for m, v in zip(margins, verdicts, strict=True) if v in _SIDES]
   if not decided:
     return Calibration(float("nan"), [])
-  margin = np.asarray([m for m, _ in decided], float)
-  side = np.asarray([1 if v is Verdict.FIRST else -1 for _, v in decided])
-  sure, right = 1 / (1 + np.exp(-np.abs(margin))), 0.5 + 0.5 * np.sign(margin) * side
+  sure = 1 / (1 + np.exp(-np.abs(np.asarray([margin for margin, _ in decided], float))))
+  right = np.asarray([_agrees(*each) for each in decided])
   place = np.minimum((2 * bins * (sure - 0.5)).astype(int), bins - 1)
   groups = [place == index for index in range(bins) if (place == index).any()]
   found = [Bin(float(sure[group].mean()), float(right[group].mean()), int(group.sum())) for group in groups]

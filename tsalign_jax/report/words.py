@@ -78,6 +78,7 @@ def caveats(run: Run, comparisons: Sequence[Comparison]) -> list[str]:
     _length_caveat(last.metrics),
     _unjudged_caveat(comparisons),
     _undecided_caveat(last.metrics),
+    _cut_caveat(last.metrics),
     _best_round_caveat(run.finished),
     _judge_caveat(last.metrics),
     "The interval covers the choice of prompts, not the luck of one training run: another seed may differ.",
@@ -133,6 +134,15 @@ def _unjudged_caveat(comparisons: Sequence[Comparison]) -> str | None:
 def _undecided_caveat(metrics: Metrics) -> str | None:
   named = [f"{name} left {judge.undecided} undecided" for name, judge in metrics.judges.items() if judge.undecided]
   return f"Further judges did not decide every comparison: {', '.join(named)}." if named else None
+
+
+def _cut_caveat(metrics: Metrics) -> str | None:
+  if not metrics.student_cut:
+    return None
+  return (
+    f"The student scored {metrics.student_cut:,} of {metrics.student_scored:,} responses of the last round without the "
+    "start of their prompt, as they are longer than student.max_tokens or its positions."
+  )
 
 
 def _best_round_caveat(finished: Sequence[Round]) -> str | None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from tsalign_jax.data.tables import Rows, by_prompt, read_table, to_prompt
 from tsalign_jax.pairing.mine import best_worst, random_pairs
-from tsalign_jax.pairing.statistics import accuracy, calibration, regret
+from tsalign_jax.pairing.statistics import Accuracy, accuracy, calibration, regret
 from tsalign_jax.scoring.reward import build_reward_engine
 from tsalign_jax.seeding import derived_seed
 from tsalign_jax.stages.base import Counts, Job
@@ -23,7 +23,8 @@ def student_quality(job: Job, teacher: Teacher, prompts: dict[int, dict], answer
   """How often the first student and the one of this round order held-out answers as the teacher does.
 
   On random pairs, which are the same for both students, with their calibration there; and on mined ones, which are
-  each student's own best and worst of the same answers. On some of the prompts; nothing where that is none.
+  each student's own best and worst of the same answers: as shares with intervals over prompts, and of how many pairs
+  the teacher decided. On some of the prompts; nothing where that is none.
   """
   prompts = {i: prompts[i] for i in _some(job, "student", prompts, job.config.evaluation.student_prompts)}
   if not prompts:
@@ -43,15 +44,20 @@ def student_quality(job: Job, teacher: Teacher, prompts: dict[int, dict], answer
 
   random = [random_pairs(range(len(texts[i])), RANDOM_PAIRS, (job.config.seed, i)) for i in texts]
   on_random = verdicts(random)
-  out: Counts = {"student_accuracy_mined": {}, "student_accuracy_random": {}, "student_calibration": {}}
+  out: Counts = {
+    f"student_{name}": {}
+    for name in ("accuracy_mined", "accuracy_mined_ci", "accuracy_random", "accuracy_random_ci", "pairs", "calibration")
+  }
   for name in ("initial", "now"):
     scores = dict(engine.score(job.load(engine.model, job.reads[f"student_{name}"]), items))
     mined = [best_worst(range(len(scores[n])), scores[n], min_margin=0.0) for n in range(len(items))]
     mined = [[] if isinstance(found, str) else [(found.first, found.second)] for found in mined]
-    out["student_accuracy_mined"][name] = accuracy(_margins(scores, mined), verdicts(mined))
-    margins = _margins(scores, random)
-    out["student_accuracy_random"][name] = accuracy(margins, on_random)
-    found = calibration(margins, on_random)
+    out["student_pairs"][name] = {}
+    for kind, pairs, judged in (("mined", mined, verdicts(mined)), ("random", random, on_random)):
+      right = _accuracy(job, _margins(scores, pairs), judged, pairs)
+      out[f"student_accuracy_{kind}"][name], out[f"student_accuracy_{kind}_ci"][name] = right.share, right.interval
+      out["student_pairs"][name][kind] = right.pairs
+    found = calibration(_margins(scores, random), on_random)
     out["student_calibration"][name] = {"error": found.error, "bins": [each._asdict() for each in found.bins]}
   return out
 
@@ -77,6 +83,12 @@ def student_regret(job: Job, teacher: Teacher) -> Counts:
 def _some(job: Job, purpose: str, prompts: Iterable[int], most: int) -> list[int]:
   """At most so many of these prompts, drawn for this purpose."""
   return sorted(prompts, key=lambda i: (derived_seed(job.config.seed, purpose, i), i))[:most]
+
+
+def _accuracy(job: Job, margins: list[float], verdicts: list[Verdict], pairs: Choices) -> Accuracy:
+  judged = iter(zip(margins, verdicts, strict=True))
+  by_prompt = [[next(judged) for _ in of_prompt] for of_prompt in pairs]
+  return accuracy(by_prompt, resamples=job.config.evaluation.resamples, seed=job.config.seed)
 
 
 def _margins(scores: dict[int, list[float]], pairs: Choices) -> list[float]:
