@@ -383,7 +383,7 @@ class Distil(RewardTraining):
   """How the student learns from the teacher's verdicts."""
 
   replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
-  """Share of the pairs seen that come from earlier: warm start, earlier rounds and `replay`."""
+  """Share of the pairs seen that come from earlier: drawn from warm start, earlier rounds and `replay` alike."""
   replay: str | None = None
   """Human preference pairs to mix in: a jsonl or parquet file in TRL's format, or dataset NAME@SPLIT."""
   epochs: Count = 1

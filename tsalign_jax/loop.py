@@ -104,6 +104,8 @@ def write_metrics(run: Path, manifest: Manifest, folder: str) -> None:
     **entries["evaluate"]["counts"],
     "pairs": entries["pair"]["counts"]["pairs"],
     "flip_rate": entries["pair"]["counts"]["flip_rate"],
+    "student_cut": entries["score"]["counts"]["cut_to_student_limit"],
+    "student_scored": entries["score"]["counts"]["scored"],
     "pairs_per_second": {
       "student": entries["score"]["counts"]["pairs_per_second"],
       "teacher": _judging_rate(entries["sample"]["counts"], entries["judge"]["counts"]),

@@ -1,8 +1,8 @@
 """distil: the student learns from the teacher's verdicts, mixed with pairs that it has seen before."""
 
 import functools
+import itertools
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,9 @@ def distil(job: Job) -> Counts:
   new = read_pairs(job.reads["pairs"])
   earlier = [file for name, file in sorted(job.reads.items()) if name.startswith("replay_")]
   human, left_out = human_pairs(settings.replay, job.reads["heldout"]) if settings.replay else ([], 0)
-  seen = [*(pair for file in earlier for pair in read_pairs(file)), *human]
-  pairs = [*new, *_replayed(seen, len(new), settings.replay_share, job.seed)]
+  own = [pair for file in earlier for pair in read_pairs(file)]
+  chosen = _replayed(len(own) + len(human), len(new), settings.replay_share, job.seed)
+  pairs, from_people = [*new, *([*own, *human][index] for index in chosen)], sum(index >= len(own) for index in chosen)
   examples = [make_example(engine, pair) for pair in pairs]
   steps = training_steps(len(examples), settings)
   with job.progress(steps, "steps") as advance:
@@ -47,8 +48,9 @@ def distil(job: Job) -> Counts:
     )
   save_tree(job.writes["student"], trained)
   shutil.copyfile(job.partial / "log.jsonl", job.writes["log"])
-  replayed = {"replayed_pairs": len(pairs) - len(new), "human_pairs_held_out": left_out}
-  return {"new_pairs": len(new), **replayed, "steps": steps}
+  replayed = {"replayed_pairs": len(pairs) - len(new), "of_which_human": from_people, "human_pairs_held_out": left_out}
+  cut = sum(any(example.item.cut) for example in examples)
+  return {"new_pairs": len(new), **replayed, "cut_to_student_limit": cut, "steps": steps}
 
 
 def read_pairs(file) -> list[PreferencePair]:
@@ -67,10 +69,10 @@ def human_pairs(source: str, heldout: Path) -> tuple[list[PreferencePair], int]:
   return kept, len(pairs) - len(kept)
 
 
-def _replayed(seen: Sequence[PreferencePair], new: int, share: float, seed: int) -> list[PreferencePair]:
-  """As many of the pairs as make up the replay share; each is used once before any is used twice."""
+def _replayed(seen: int, new: int, share: float, seed: int) -> list[int]:
+  """Indices of as many pairs as make up the replay share; each is used once before any is used twice."""
   if not seen:
     return []
   wanted, random = round(new * share / (1 - share)), np.random.default_rng(seed)
-  order = np.concatenate([random.permutation(len(seen)) for _ in range(-(-wanted // len(seen)))] or [np.zeros(0, int)])
-  return [seen[index] for index in order[:wanted]]
+  passes = [random.permutation(seen) for _ in range(-(-wanted // seen))]
+  return [int(index) for index in itertools.chain(*passes)][:wanted]
