@@ -18,7 +18,6 @@ class RewardHead:
   """Saves a model with a random one-label head, and a padding token that no text contains."""
 
   packages = ("transformers", "torch")
-  check: Mapping[str, Any] = {}
 
   def __init__(self, work: Mapping[str, Any], settings: Mapping[str, Any]):
     torch.manual_seed(0)
@@ -62,7 +61,6 @@ class Sampling:
       pad_token_id=self.tokenizer.pad_token_id,
       cache_implementation=settings.get("cache"),  # a static one is compiled on GPUs
     )
-    self.check = {"responses": work["responses"] * len(work["prompts"])}
     # A part warms a CPU up; what a GPU compiles depends on every batch's length.
     self._sample(work["prompts"] if DEVICE.type == "cuda" else work["prompts"][: settings.get("batch", 8)])
 
@@ -70,7 +68,7 @@ class Sampling:
     """Samples every response once."""
     torch.manual_seed(seed)
     lengths = self._sample(self.work["prompts"])
-    return {"units": sum(lengths), "tokens_a_response": float(np.mean(lengths))}
+    return {"units": sum(lengths), "responses": len(lengths), "tokens_a_response": float(np.mean(lengths))}
 
   def _sample(self, prompts: Sequence[Sequence[int]]) -> list[int]:
     """The length of each response."""
@@ -222,7 +220,6 @@ class Round:
       processing_class=tokenizer,
     )
     self.run(0)
-    self.check = {"prompts": self.prompts}
 
   def run(self, seed: int) -> dict[str, float]:
     """One pass over the prompts."""
@@ -230,7 +227,8 @@ class Round:
     self.trainer.args.seed = seed
     self.trainer.train()
     lengths = self.responses.lengths
-    return {"units": self.prompts, "pairs": len(lengths) // 2, "tokens_a_response": float(np.mean(lengths))}
+    pairs, mean = len(lengths) // 2, float(np.mean(lengths))
+    return {"units": self.prompts, "responses": len(lengths), "pairs": pairs, "tokens_a_response": mean}
 
 
 class _Lengths:

@@ -29,7 +29,6 @@ class Sampling:
     self.context = llama_cpp.llama_new_context_with_model(self.model, self._context_parameters())
     self.memory = llama_cpp.llama_get_memory(self.context)
     self.tokens = llama_cpp.llama_batch_init(max(CHUNK, self.sequences), 0, 1)
-    self.check = {"responses": work["responses"] * len(work["prompts"])}
     self._sample(work["prompts"][: self.batch], 0, limit=4)
 
   def run(self, seed: int) -> dict[str, float]:
@@ -38,7 +37,7 @@ class Sampling:
     for start in range(0, len(ordered), self.batch):
       prompts = ordered[start : start + self.batch]
       lengths += self._sample(prompts, 1000 * seed + start, limit=self.work["max_new_tokens"])
-    return {"units": sum(lengths), "tokens_a_response": float(np.mean(lengths))}
+    return {"units": sum(lengths), "responses": len(lengths), "tokens_a_response": float(np.mean(lengths))}
 
   def _context_parameters(self):
     longest = max(map(len, self.work["prompts"])) + self.work["max_new_tokens"]

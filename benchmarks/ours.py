@@ -110,13 +110,12 @@ class Sampling:
     self.model = language_model(config.Policy(path=Path(work["policy"]), param_dtype="bfloat16"))
     self.sampler = Sampler(self.model, work, **settings)
     self.params = self.model.load(make_mesh())
-    self.check = {"responses": work["responses"] * len(work["prompts"])}
     self.run(0)
 
   def run(self, seed: int) -> dict[str, float]:
     """Samples every response once."""
     lengths = [len(sampled.tokens) for row in self.sampler(self.params, seed) for sampled in row]
-    return {"units": sum(lengths), "tokens_a_response": float(np.mean(lengths))}
+    return {"units": sum(lengths), "responses": len(lengths), "tokens_a_response": float(np.mean(lengths))}
 
 
 class Answers(Sampling):
@@ -193,7 +192,6 @@ class Round:
     self.trainer = Trainer(self.model, work, settings["microbatch_tokens"])
     self.params = self.model.load(make_mesh())
     self.run(0)
-    self.check = {"prompts": len(self.messages)}
 
   def run(self, seed: int) -> dict[str, float]:
     """One round; memory is given back after each stage, as a run does it."""
@@ -209,7 +207,8 @@ class Round:
     jax.block_until_ready(self.trainer.epoch(trainable, state, packing, reference))
     give_back()
     lengths = [len(sampled.tokens) for row in answers for sampled in row]
-    return {"units": len(answers), "pairs": len(pairs), "tokens_a_response": float(np.mean(lengths))}
+    mean = float(np.mean(lengths))
+    return {"units": len(answers), "responses": len(lengths), "pairs": len(pairs), "tokens_a_response": mean}
 
   def _pairs(self, answers: list[list[Sampled]], texts: list[list[str]], scores: list[list[float]]) -> list[Item]:
     pairs = []

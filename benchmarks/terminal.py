@@ -25,8 +25,14 @@ def parser(description: str) -> argparse.ArgumentParser:
   out = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
   out.add_argument("--policy", type=Path, default=Path("models/smollm2"), help="language model, a Hugging Face folder")
   out.add_argument("--cache", type=Path, default=Path("models/bench"), help="for what the benchmarks make themselves")
-  out.add_argument("--runs", type=int, default=5, help="timed runs, of each side where there are several")
+  out.add_argument("--runs", type=_count, default=5, help="timed runs, of each side where there are several")
   return out
+
+
+def _count(text: str) -> int:
+  if not text.isdigit() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+  return int(text)
 
 
 def add_tuning(out: argparse.ArgumentParser) -> None:

@@ -33,7 +33,6 @@ class Sampling:
       head_dim=model.config.head_dim,
     )
     self.sampler = tunix_sampler.Sampler(model, _Tokens(), cache)
-    self.check = {"responses": work["responses"] * len(work["prompts"])}
     self.run(0)
 
   def run(self, seed: int) -> dict[str, float]:
@@ -51,7 +50,7 @@ class Sampling:
         seed=1000 * seed + start,
       )
       lengths += [self._useful(tokens) for tokens in out.tokens]
-    return {"units": sum(lengths), "tokens_a_response": float(np.mean(lengths))}
+    return {"units": sum(lengths), "responses": len(lengths), "tokens_a_response": float(np.mean(lengths))}
 
   def _useful(self, tokens: Sequence[int]) -> int:
     """The length with the end token, which this sampler leaves out."""

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ class Contender(Protocol):
   """One side of a benchmark: it loads and warms up when it is made, from the work and its own settings."""
 
   packages: Sequence[str]  # whose versions are recorded
-  check: dict[str, Any]  # facts about the work, to be compared with the other side's
+  check: Mapping[str, Any] = {}  # facts about the work, to be compared with the other side's
 
   def run(self, seed: int) -> dict[str, Any]:
     """Does all the work once; `units` says how much it was, other numbers go into the table."""
@@ -119,7 +119,7 @@ def main() -> None:
   contender = getattr(importlib.import_module(module), name)(job["work"], job["settings"])
   versions = {package: importlib.metadata.version(package) for package in contender.packages}
   compiled = _compiled_programs()
-  reply(check=contender.check, versions=versions)
+  reply(check=getattr(contender, "check", {}), versions=versions)
   for line in sys.stdin:
     asked, before = json.loads(line), len(compiled)
     seconds, out = _timed(contender, asked["seed"])

@@ -11,14 +11,17 @@ class Counting:
   def __init__(self, work, settings):
     if settings.get("broken"):
       raise ValueError("no such batch size")
-    self.check, self.runs = {"work": work, "settings": settings, "torch": _has_torch()}, 0
+    self.check, self.runs = {"work": work, "settings": settings}, 0
+    self.responses = settings.get("responses", 4)
+    if settings.get("look_for_torch"):
+      self.check["torch"] = _has_torch()
     print("a library that prints")
 
   def run(self, seed):
     """One unit for each of the work."""
     time.sleep(0.01)
     self.runs += 1
-    return {"units": 3, "seed": seed, "runs": self.runs}
+    return {"units": 3, "seed": seed, "runs": self.runs, "responses": self.responses}
 
 
 class Compiling:
@@ -29,7 +32,7 @@ class Compiling:
   def __init__(self, work, settings):
     import jax
 
-    self.check, self.program = {}, jax.jit(lambda x: x + 1)
+    self.program = jax.jit(lambda x: x + 1)
 
   def run(self, seed):
     """One unit, of an array of a length of its own."""
