@@ -17,12 +17,15 @@ from tsalign_jax.models.config import read_config
 from tsalign_jax.models.loading import language_model, reward_model
 from tsalign_jax.models.lora import trained_part
 from tsalign_jax.training.align import build_reference
+from tsalign_jax.types import UserError
 
 
 @pytest.mark.parametrize(
   "overrides", [[], ["mesh.fsdp=8", "sampling_mesh={data: 4, fsdp: 1, tensor: 2}", "align.lora.rank=2"]]
 )
-def test_every_phase_has_a_speed_and_nothing_is_written(overrides, tmp_path):
+def test_every_phase_has_a_speed_and_nothing_is_written(overrides, tmp_path, monkeypatch):
+  monkeypatch.setitem(bench.MATRIX, "cpu", 256)
+  monkeypatch.setitem(bench.COPIED, "cpu", 1 << 18)
   config = load_config(tiny.run_config(tmp_path), [*overrides, "student.dtype=bfloat16"])
   machine, *phases = bench.bench(config, prompts=3, runs=1)
   assert list(machine.flops) == ["bfloat16", "float32"] and min(machine.flops.values()) > 1e8
@@ -38,6 +41,12 @@ def test_every_phase_has_a_speed_and_nothing_is_written(overrides, tmp_path):
   tokens = {phase.name: phase.tokens for phase in phases}
   assert tokens["sample"] == counts["sample"][0] and tokens["reference"] == tokens["align"] < tokens["score"]
   assert not config.run.exists()
+
+
+def test_what_a_run_would_refuse_is_refused_before_anything_is_measured(tmp_path):
+  config = load_config(tiny.run_config(tmp_path), ["sampling.max_new_tokens=100"])
+  with pytest.raises(UserError, match=r"prompts.max_tokens \+ sampling.max_new_tokens = 160, but .*128 tokens"):
+    next(bench.bench(config, prompts=3, runs=1))
 
 
 def test_shares_are_of_what_the_machine_can_do():

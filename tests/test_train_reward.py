@@ -290,6 +290,13 @@ def test_an_encoder_has_no_use_for_a_template(tmp_path):
     train_reward(config, QUIET)
 
 
+def test_a_head_that_is_there_is_not_thrown_away(tmp_path):
+  config = config_file(tmp_path)
+  tiny.decoder("llama", tmp_path / "model", reward=True)
+  with pytest.raises(UserError, match=r"probe: .*model has a reward head already, which a new one would replace"):
+    train_reward(load_config(config, ["probe=true"], RewardConfig), QUIET)
+
+
 def test_nothing_left_to_learn_from_is_said(tmp_path):
   config = config_file(tmp_path)
   settings = load_config(config, ["model.max_tokens=5"], RewardConfig)

@@ -23,6 +23,7 @@ from tsalign_jax.config import Config, LoRA
 from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.files import read_prompts
 from tsalign_jax.data.packing import Item, Packing
+from tsalign_jax.loop import check_inputs
 from tsalign_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.loading import ModelHandle, language_model, reward_model
@@ -79,6 +80,7 @@ def bench(config: Config, prompts: int, runs: int) -> Iterator[Machine | Phase]:
 
   Raises UserError for what a run would refuse as well.
   """
+  check_inputs(config)
   mesh = make_mesh(**config.mesh.model_dump())
   conversations = [prompt.messages for prompt in read_prompts(config.prompts.train)]
   policy, student = language_model(config.policy), reward_model(config.student)

@@ -147,11 +147,12 @@ def export(
 def import_gguf(
   file: Annotated[Path, typer.Argument(help="GGUF file of a Llama-family model, in any usual quantisation.")],
   out: Annotated[Path, typer.Argument(help="Folder to write.")],
+  dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
   """Turn a GGUF file with its tokenizer and chat template into a Hugging Face folder."""
   from tsalign_jax.models.gguf import import_gguf
 
-  import_gguf(file, out)
+  import_gguf(file, out, dtype)
   console.print(f"Wrote {out}", soft_wrap=True)
 
 

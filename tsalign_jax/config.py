@@ -92,7 +92,7 @@ class Prompts(Section):
   max_tokens: Count = 1024
   """Longest prompt in policy tokens, chat template included; longer ones are dropped, counted and listed."""
   per_round: Count | None = None
-  """How many training prompts each round takes, in a shuffled order that starts over at its end; null: all."""
+  """How many training prompts each round takes, in a shuffled order that starts over at its end; null, or more: all."""
   heldout_limit: Count | None = None
   """How many held-out prompts are used, taken evenly from the whole file; null uses all."""
 
@@ -118,9 +118,11 @@ class Sampling(Section):
   """Responses of one prompt that grow at once; fewer than K waste less on long ones. null: all K."""
 
   @model_validator(mode="after")
-  def _at_least_two(self):
+  def _enough_responses(self):
     if self.responses < 2:
       raise ValueError(f"responses is {self.responses}, but a pair needs at least 2 responses a prompt")
+    if self.lanes and self.lanes > self.responses:
+      raise ValueError(f"lanes is {self.lanes}, but a prompt has {self.responses} responses; lower it, or drop it")
     return self
 
 
@@ -457,9 +459,11 @@ class Config(Section):
   """How they are while the policy samples, if otherwise: without fsdp, no step has to gather the weights."""
 
   @model_validator(mode="after")
-  def _warm_start_distils(self):
+  def _student_is_trained_or_not(self):
     if self.student.warm_start and self.distil is None:
       raise ValueError("student.warm_start needs distil, which says how it trains; set distil, or drop warm_start")
+    if self.student.remat and self.distil is None:
+      raise ValueError("student.remat is for a student that is trained, and distil is null; drop one of them")
     return self
 
 
@@ -495,7 +499,7 @@ class RewardConfig(Section):
   training: RewardTraining = RewardTraining()
   """How it learns."""
   probe: bool = False
-  """First fit the reward head alone to the pairs (LP-FT, Kumar et al. 2022): for a new head and few pairs."""
+  """First fit a new reward head alone to the pairs (LP-FT, Kumar et al. 2022), as helps where pairs are few."""
   resamples: Count = 2000
   """Bootstrap resamples of the held-out prompts behind the 95% intervals."""
   mesh: Mesh = Mesh()

@@ -58,7 +58,7 @@ def run(config: Config, progress_of: Callable[[str], Progress]) -> None:
   `progress_of(stage)` gives a stage its progress display. Raises UserError for wrong input before any device work,
   and for a run folder that holds another configuration or damaged files.
   """
-  teacher, judges = _check_inputs(config)
+  teacher, judges = check_inputs(config)
 
   def done(step: Step, manifest: Manifest) -> None:
     if step.stage_name == "evaluate":
@@ -184,7 +184,7 @@ def _check_same_inputs(step: Step, partial: Path, reads: dict[str, str]) -> None
   write_json(file, reads)
 
 
-def _check_inputs(config: Config) -> tuple[Teacher, dict[str, Teacher]]:
+def check_inputs(config: Config) -> tuple[Teacher, dict[str, Teacher]]:
   """The teacher, and further judges by name.
 
   Raises whatever is wrong with them, models or files, before a device is touched or a file written.

@@ -42,6 +42,8 @@ def _check_inputs(config: RewardConfig) -> None:
   path, template, heldout = config.model.path, config.model.chat_template, config.pairs.heldout
   model = check_reader(config.model, template)
   check_targets(config.training.lora, model, "training")
+  if config.probe and model.reward_head:
+    raise UserError(f"probe: {path} has a reward head already, which a new one would replace; set it to false")
   pairs = {source: read_preferences(source, margin=config.pairs.margin) for source in config.pairs.train}
   pairs[heldout] = read_preferences(heldout)
   if all(pair.chosen == pair.rejected for pair in pairs[heldout]):

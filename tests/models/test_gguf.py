@@ -172,7 +172,7 @@ def test_files_that_are_not_whole_gguf_files_are_refused(tmp_path):
     source.write_bytes(whole[:size])
     with pytest.raises(UserError, match="damaged, cut short"):
       import_gguf(source, folder)
-  with pytest.raises(UserError, match="dtype int8 is not supported; known are float32"):
+  with pytest.raises(UserError, match="--dtype: 'int8' is unknown; use float32, bfloat16, float16"):
     import_gguf(source, folder, dtype="int8")
 
 

@@ -77,7 +77,7 @@ def steps(config: Config):
 
 def run(config: Config) -> None:
   """Runs these stages with all that surrounds them: lock, configuration, manifest, teacher, resuming."""
-  with mock.patch.multiple(loop, ts_align=steps, _check_inputs=lambda config: (loop.build_teacher(config), {})):
+  with mock.patch.multiple(loop, ts_align=steps, check_inputs=lambda config: (loop.build_teacher(config), {})):
     loop.run(config, QUIET)
 
 

@@ -39,7 +39,7 @@ def import_gguf(source: Path, target: Path, dtype: str = "float32") -> None:
   """
   source, target = Path(source), Path(target)
   if dtype not in DTYPES:
-    raise UserError(f"dtype {dtype} is not supported; known are {', '.join(DTYPES)}")
+    raise UserError(f"--dtype: {dtype!r} is unknown; use {', '.join(DTYPES)}")
   _check_magic(source)
   record = {"source": source.name, "sha256": _sha256(source), "dtype": dtype}
   if _is_this_import(target, record):

@@ -1,11 +1,9 @@
 """evaluate: how often a trained reward model orders held-out pairs as they are labelled, beside "longer wins"."""
 
-import json
-
 import numpy as np
 
 from tsalign_jax.config import RewardConfig
-from tsalign_jax.data.files import read_preferences
+from tsalign_jax.data.files import prompt_key, read_preferences
 from tsalign_jax.data.tables import REWARD_SCORES, write_table
 from tsalign_jax.models.loading import reward_model
 from tsalign_jax.pairing.statistics import bootstrap_interval, sign, win_rate
@@ -36,7 +34,7 @@ def measure_reward(job: Job) -> Counts:
   write_table(job.writes["scores"], table, REWARD_SCORES)
   margins = [row["chosen_score"] - row["rejected_score"] for row in table]
   longer = [row["chosen_length"] - row["rejected_length"] for row in table]
-  prompts = [json.dumps(pair.prompt) for pair in pairs.values()]
+  prompts = [prompt_key(pair.prompt) for pair in pairs.values()]
   return {
     "heldout_pairs": len(pairs),
     "heldout_cut": sum(row["cut"] for row in table),

@@ -8,7 +8,6 @@ from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.files import HELD_OUT, evenly, prompt_key, read_prompts
 from tsalign_jax.data.tables import PROMPTS, write_table
 from tsalign_jax.stages.base import Counts, Job
-from tsalign_jax.teachers.build import build_teacher
 from tsalign_jax.types import Prompt, UserError
 
 SPARED = "beyond prompts.heldout_limit"  # not measured on, and not learned from
@@ -18,13 +17,11 @@ AGAIN = "the prompt is there already"
 def prepare(job: Job) -> Counts:
   """Writes the training and the held-out prompts; what cannot be used stays in the table with the reason."""
   chat, limit = Chat.load(job.config.policy.path), job.config.prompts.max_tokens
-  teacher = build_teacher(job.config)
   counts: Counts = {}
   held_out: set[str] = set()
   for split in ("heldout", "train"):
     source = getattr(job.config.prompts, split)
     prompts = read_prompts(source)
-    teacher.validate_prompts(prompts, source)
     seen: set[tuple[str, str]] = set()
     rows = [_row(prompt, chat, limit, held_out, seen) for prompt in prompts]
     usable = [row for row in rows if row["dropped"] is None]

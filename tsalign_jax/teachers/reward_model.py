@@ -17,7 +17,7 @@ import numpy as np
 from tsalign_jax.config import Mesh
 from tsalign_jax.config import RewardModelTeacher as Settings
 from tsalign_jax.data.chat import Chat
-from tsalign_jax.data.files import fingerprint
+from tsalign_jax.data.files import fingerprint, prompt_key
 from tsalign_jax.models.config import DecoderConfig
 from tsalign_jax.models.loading import reward_model
 from tsalign_jax.pairing.statistics import sign
@@ -141,7 +141,7 @@ def _rows(asked: Sequence[Question]) -> list[list[int]]:
   """Indices of the questions, `TOGETHER` of one prompt to a row; the last one of a prompt may stand twice."""
   by_prompt: dict[str, list[int]] = {}
   for index, (prompt, _) in enumerate(asked):
-    by_prompt.setdefault(json.dumps(prompt), []).append(index)
+    by_prompt.setdefault(prompt_key(prompt), []).append(index)
   rows = []
   for indices in by_prompt.values():
     for start in range(0, len(indices), TOGETHER):
