@@ -112,7 +112,10 @@ def test_judges_may_change_until_they_have_judged():
     (["mining.strategy=random", "mining.min_margin=0.5"], "mining: min_margin is for strategy best_worst"),
     (["distil.replay=pairs.jsonl", "distil.replay_share=0"], "distil: replay would not be used with replay_share 0"),
     (["sampling.lanes=9", "sampling.responses=8"], "sampling: lanes is 9, but a prompt has 8 responses; lower it"),
-    (["student.warm_start=null", "distil=null", "student.remat=true"], "student.remat is for a student that is trained"),
+    (
+      ["student.warm_start=null", "distil=null", "student.remat=true"],
+      "student.remat is for a student that is trained",
+    ),
   ],
 )
 def test_what_would_be_ignored_is_refused(overrides, words):

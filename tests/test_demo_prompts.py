@@ -32,7 +32,7 @@ def topics(rows: list[dict]) -> set[str]:
 
 
 @given(st.integers(0, 2**32), st.integers(0, 30), st.integers(0, 30), st.integers(0, 30))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_row_depends_on_the_seed_and_its_index_only(seed, fewer, more, heldout):
   short, _ = generate(fewer, heldout, seed)
   long, heldout_rows = generate(fewer + more, heldout + more, seed)

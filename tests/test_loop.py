@@ -10,10 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import types
+from pathlib import Path
 
 import jax
+import killed
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -114,41 +115,38 @@ def test_running_again_does_nothing_again(setting, environment):
   assert before == {file: file.stat().st_mtime_ns for file in (folder / "run").glob("round_*/*.parquet")}
 
 
-KILL_POINTS = {
-  "inside sample": "round_01/sample.partial/00000000.parquet",
-  "between score and mine": "round_01/scores.parquet",
-  "inside align, before a step": "round_01/align.partial/reference_logps.npy",
-  "inside align, after a checkpoint": "round_01/align.partial/steps/2",
-  "inside distil": "round_01/distil.partial/steps/2",
-  "inside the second round": "round_02/sample.partial/00000000.parquet",
+KILL_POINTS = {  # how much of a stage is done when the process ends: responses, or steps
+  "inside sample": ("round_01/sample", 8),
+  "between score and mine": ("round_01/mine", 0),
+  "inside align, before a checkpoint": ("round_01/align", 1),
+  "inside align, after a checkpoint": ("round_01/align", 3),
+  "inside distil": ("round_01/distil", 3),
+  "between two rounds": ("round_02/sample", 0),
+  "inside the second round": ("round_02/sample", 20),
+  "inside evaluate": ("round_02/evaluate", 1),
 }
 
 
-@pytest.mark.parametrize("point", KILL_POINTS)
-def test_killed_and_continued_run_equals_an_undisturbed_one(point, setting, environment, tmp_path):
+def test_killed_over_and_over_a_run_ends_as_an_undisturbed_one(setting, environment, tmp_path):
+  """At one point after the other, each time going on from where it was killed."""
   folder, config = setting
-  override = f"run={tmp_path / 'run'}"
-  process = subprocess.Popen([*COMMAND, config, override], env=environment, stdout=subprocess.DEVNULL)
-  while not (tmp_path / "run" / KILL_POINTS[point]).exists():
-    assert process.poll() is None, "the run ended before the file came that it was to be killed at"
-    time.sleep(0.002)
-  process.send_signal(signal.SIGKILL)
-  process.wait()
-  assert not (tmp_path / "run" / "metrics.json").exists() or "second round" in point
-  subprocess.run([*COMMAND, config, override], check=True, env=environment, stdout=subprocess.DEVNULL)
+  arguments = ["run", config, f"run={tmp_path / 'run'}"]
+  for point, (stage, amount) in KILL_POINTS.items():
+    command = [sys.executable, killed.__file__, stage, str(amount), *arguments]
+    ended = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL)
+    assert ended.returncode == -signal.SIGKILL, point
+    assert stage not in Manifest(tmp_path / "run").stages
+  subprocess.run([*COMMAND, *arguments[1:]], check=True, env=environment, stdout=subprocess.DEVNULL)
   assert metrics_of(tmp_path / "run") == metrics_of(folder / "run")
+  assert written(tmp_path / "run") == written(folder / "run")
 
 
-def test_killed_over_and_over_it_still_ends_the_same(setting, environment, tmp_path):
-  folder, config = setting
-  override = f"run={tmp_path / 'run'}"
-  for seconds in range(6, 60, 2):
-    try:
-      subprocess.run([*COMMAND, config, override], timeout=seconds, env=environment, stdout=subprocess.DEVNULL)
-      break
-    except subprocess.TimeoutExpired:  # subprocess.run has killed it
-      continue
-  assert metrics_of(tmp_path / "run") == metrics_of(folder / "run")
+def written(run) -> dict[str, str]:
+  """The hash of every table and log of a run: checkpoints hold times."""
+  stages = Manifest(run).stages.values()
+  found = {file: digest for entry in stages for file, digest in entry["writes"].items() if Path(file).suffix}
+  assert len(found) > 20
+  return found
 
 
 def test_eight_devices_give_the_single_device_result(setting, tmp_path):

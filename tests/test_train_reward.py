@@ -1,15 +1,15 @@
 """`tsalign train-reward`: what it learns, writes, drops, refuses and continues."""
 
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from io import StringIO
+from pathlib import Path
 
+import killed
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +17,7 @@ import tiny
 import torch
 import transformers
 import yaml
+from refused import expect_error
 from rich.console import Console
 from safetensors.numpy import load_file
 from stages import judging
@@ -34,6 +35,7 @@ from tsalign_jax.train_reward import train_reward
 from tsalign_jax.types import CandidatePair, Prompt, UserError, Verdict
 
 QUIET = terminal_progress(Console(quiet=True))
+ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "tsalign_jax.cli", "train-reward"]
 
 
@@ -189,15 +191,12 @@ def test_the_model_serves_as_teacher_and_as_student(trained, tmp_path):
 
 def test_killed_and_continued_training_equals_an_undisturbed_one(trained, environment, tmp_path):
   folder, config, _ = trained
-  command = [*COMMAND, config, f"run={tmp_path / 'run'}"]
-  process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-  while not (tmp_path / "run" / "train.partial" / "steps" / "8").exists():
-    assert process.poll() is None, "the training ended before it could be killed"
-    time.sleep(0.002)
-  process.send_signal(signal.SIGKILL)
-  process.wait()
+  arguments = ["train-reward", config, f"run={tmp_path / 'run'}"]
+  for amount in (3, 11):  # steps, before and after a checkpoint
+    command = [sys.executable, killed.__file__, "train", str(amount), *arguments]
+    assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
   assert not (tmp_path / "run" / "model").exists()
-  subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+  subprocess.run([*COMMAND, *arguments[1:]], check=True, env=environment, stdout=subprocess.DEVNULL)
   assert metrics_of(tmp_path / "run") == metrics_of(folder / "run")
   for file in ("train.jsonl", "model/model.safetensors"):
     assert (tmp_path / "run" / file).read_bytes() == (folder / "run" / file).read_bytes()
@@ -326,9 +325,9 @@ WRONG = {
   "no such file": (["pairs.heldout=nowhere.jsonl"], ["nowhere.jsonl: there is no such file"]),
   "no such model": (["model.path=nowhere"], ["nowhere: no config.json there"]),
   "no such template": (["model.chat_template=nowhere.jinja"], ["nowhere.jinja: there is no such chat template"]),
-  "no template": (["model.chat_template=LICENSE"], ["LICENSE: the template leaves out what is said"]),
+  "no template": ([f"model.chat_template={ROOT / 'LICENSE'}"], ["LICENSE: the template leaves out what is said"]),
   "broken template": (
-    ["model.chat_template=tsalign_jax/report/report.html.jinja"],
+    [f"model.chat_template={ROOT / 'tsalign_jax/report/report.html.jinja'}"],
     ["report.html.jinja: not a chat template ("],
   ),
   "no such margin": (["pairs.margin=votes"], ["first.jsonl: row 1: no `votes`, which was to be its margin"]),
@@ -344,15 +343,9 @@ def tiny_config(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_value_is_one_sentence_before_any_device_is_touched(case, tiny_config):
+def test_wrong_value_is_one_sentence_before_any_device_is_touched(case, tiny_config, tsalign):
   overrides, parts = WRONG[case]
-  environment = os.environ | {"JAX_PLATFORMS": "nothing", "COLUMNS": "200"}
-  result = subprocess.run([*COMMAND, tiny_config, *overrides], capture_output=True, text=True, env=environment)
-  assert result.returncode == 2, result.stderr
-  (line,) = [line for line in result.stderr.splitlines() if line.strip()]
-  assert line.startswith("error: ")
-  for part in parts:
-    assert part in line
+  expect_error(tsalign("train-reward", tiny_config, *overrides), *parts)
 
 
 def test_summary_says_nothing_of_what_did_not_happen(tmp_path):

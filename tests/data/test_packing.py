@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tsalign_jax.data.packing import MULTIPLE, SHORT, Item, Packing, assign, pack, plan, row_length
@@ -15,7 +15,6 @@ items = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(items)
 def test_every_item_is_in_one_row_and_reads_back(items):
   layout, _ = plan(items, len(items), 1 << 20, 1)
@@ -33,7 +32,6 @@ def test_every_item_is_in_one_row_and_reads_back(items):
         assert packed.position[row, columns].tolist() == list(range(start, start + len(expected)))
 
 
-@settings(deadline=None)
 @given(items, st.integers(1, 3), st.integers(1, 4))
 def test_each_response_token_is_predicted_by_the_token_before_it(items, ways, rows):
   packing = Packing(items, len(items), rows * 512, ways)

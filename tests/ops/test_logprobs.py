@@ -20,7 +20,7 @@ def dense(hidden, head, targets, softcap):
   return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)[:, 0]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
   tokens=some.integers(1, 40),
   chunk=some.none() | some.integers(1, 50),

@@ -221,7 +221,7 @@ def test_kernel_equals_xla_at_any_lengths(one_device, monkeypatch):
   tensors = random_tensors(batch, 2, 1, 16)
 
   @given(trunk=some.tuples(*[some.integers(1, 9)] * 2), branch=some.tuples(*[some.integers(0, 8)] * 4))
-  @settings(max_examples=30, deadline=None)
+  @settings(max_examples=30)
   def at_lengths(trunk, branch):
     lengths = {"trunk_length": np.asarray(trunk), "branch_length": np.asarray(branch).reshape(2, 2)}
     ragged = dataclasses.replace(batch, **lengths)

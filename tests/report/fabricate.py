@@ -5,9 +5,9 @@ import math
 import random
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
+
+from tsalign_jax.data.tables import COMPARISONS, write_table
 
 NASTY = 'Tea & <script>alert("tea")</script> for "two" </div>'
 VERDICTS = ["first"] * 61 + ["tie"] * 12 + ["second"] * 27
@@ -114,7 +114,7 @@ def write_steps(folder: Path, number: int, steps: int) -> None:
 
 def write_comparisons(folder: Path, verdicts: list[str], answer: str = NASTY) -> None:
   rows = [comparison(index, verdict, answer) for index, verdict in enumerate(verdicts)]
-  pq.write_table(pa.Table.from_pylist(rows), folder / "comparisons.parquet")
+  write_table(folder / "comparisons.parquet", rows, COMPARISONS)
 
 
 def comparison(index: int, verdict: str, answer: str) -> dict:
@@ -134,4 +134,5 @@ def comparison(index: int, verdict: str, answer: str) -> dict:
     "policy": f"{text} {answer} Answer {index}.",
     "verdict": verdict,
     "evidence": json.dumps(sides),
+    "others": "{}",
   }

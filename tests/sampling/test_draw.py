@@ -19,14 +19,14 @@ def kept(filtered) -> set[int]:
   return set(np.flatnonzero(np.asarray(filtered)).tolist())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(probabilities, st.integers(1, 45))
 def test_top_k_keeps_the_k_largest_and_what_ties_with_the_last(probs, k):
   floor = np.sort(probs)[::-1][min(k, len(probs)) - 1]
   assert kept(keep_top_k(jnp.asarray(probs)[None], k)[0]) == set(np.flatnonzero(probs >= floor).tolist())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(probabilities, st.floats(0.05, 0.99))
 def test_top_p_keeps_the_smallest_sufficient_set(probs, p):
   result = kept(keep_top_p(jnp.asarray(probs)[None], p)[0])
@@ -38,7 +38,7 @@ def test_top_p_keeps_the_smallest_sufficient_set(probs, p):
   assert without < p * probs.sum() + 1e-5  # and no shorter prefix suffices
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(probabilities, st.floats(0.01, 0.9))
 def test_min_p_keeps_what_is_near_the_likeliest(probs, share):
   expected = set(np.flatnonzero(probs >= np.float32(share) * probs.max()).tolist())

@@ -67,7 +67,7 @@ def judged(folder: Path, config) -> dict[int, str]:
   return verdicts
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
   st.lists(st.one_of(st.none(), st.sampled_from(FAULTS)), max_size=24),
   st.integers(1, 8),
