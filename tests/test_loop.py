@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import jax
 import killed
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -25,8 +27,11 @@ from rich.console import Console
 from tsalign_jax import loop
 from tsalign_jax.config import load_config
 from tsalign_jax.data.tables import read_table
+from tsalign_jax.export import export_model
 from tsalign_jax.loop import run
 from tsalign_jax.manifest import VERSION, Manifest, write_json
+from tsalign_jax.models.hf import hf_tensors
+from tsalign_jax.models.loading import reward_model
 from tsalign_jax.progress import terminal_progress
 from tsalign_jax.recipes.step import Step
 from tsalign_jax.stages import judge
@@ -59,8 +64,15 @@ def setting(tmp_path_factory, environment):
   return folder, config
 
 
-def test_a_run_leaves_every_table_and_metric(setting):
-  folder, _ = setting
+def saved(checkpoint, mesh, config) -> dict[str, np.ndarray]:
+  """The tensors of a student's checkpoint, by their Hugging Face names."""
+  model = reward_model(load_config(config).student)
+  params = model.restore(checkpoint, mesh)
+  return {name: tensor.read() for name, tensor in hf_tensors(params, model.skeleton, model.config, np.float32)}
+
+
+def test_a_run_leaves_every_table_and_metric(setting, one_device):
+  folder, config = setting
   metrics = metrics_of(folder / "run")
   assert metrics["round"] == 2
   assert metrics == metrics_of(folder / "run" / "round_02")
@@ -79,6 +91,9 @@ def test_a_run_leaves_every_table_and_metric(setting):
   pairs = pq.read_table(folder / "run" / "round_01" / "pairs.parquet").to_pylist()
   assert len(pairs) == json.loads((folder / "run" / "round_01" / "metrics.json").read_text())["pairs"]
   assert (folder / "run" / "report.html").stat().st_size > 5000
+  students = [saved(folder / "run" / f"round_{number:02d}" / "student", one_device, config) for number in range(3)]
+  for before, after in itertools.pairwise(students):
+    assert any(not np.array_equal(before[name], after[name]) for name in before)
   assert not list((folder / "run").glob("*/*.partial")) and not list((folder / "run").glob("*/*.out"))
 
 
@@ -396,7 +411,15 @@ def test_decoder_student_adapters_stacked_layers_and_initial_reference(tmp_path)
   settings = load_config(config, overrides)
   with pytest.raises(Stop):
     run(settings, stopping_at("round_01/align", 3))
-  assert (tmp_path / "run" / "round_01" / "align.partial" / "steps" / "2").is_dir()
+  steps = tmp_path / "run" / "round_01" / "align.partial" / "steps" / "2"
+  assert steps.is_dir()
+  arrays = {file: file.read_bytes() for file in steps.glob("state/**/d/*")}
+  for file, content in arrays.items():
+    file.write_bytes(content[: len(content) // 2])
+  with pytest.raises(UserError, match=r"this half-done training cannot be continued here .*or delete the folder"):
+    run(settings, QUIET)
+  for file, content in arrays.items():
+    file.write_bytes(content)
   run(settings, QUIET)
   undisturbed = load_config(config, [*overrides, f"run={tmp_path / 'undisturbed'}"])
   run(undisturbed, QUIET)
@@ -453,8 +476,8 @@ def stopping_at(stage: str, steps: int):
   return progress_of
 
 
-def test_exported_policy_and_student_load_in_transformers(setting, tmp_path):
-  folder, _ = setting
+def test_exported_policy_and_student_load_in_transformers(setting, tmp_path, one_device):
+  folder, config = setting
   for arguments in ([], ["--student"]):
     out = tmp_path / ("student" if arguments else "policy")
     command = [sys.executable, "-m", "tsalign_jax.cli", "export", folder / "run", out, "--dtype", "float32", *arguments]
@@ -468,6 +491,27 @@ def test_exported_policy_and_student_load_in_transformers(setting, tmp_path):
   assert logp == pytest.approx(row["logprob"], abs=1e-3)
   student = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
   assert student.config.num_labels == 1
+  trained = {name: tensor.numpy() for name, tensor in student.state_dict().items()}
+  for number, same in ((2, True), (1, False)):
+    tensors = saved(folder / "run" / f"round_{number:02d}" / "student", one_device, config)
+    assert tensors.keys() <= trained.keys()
+    assert all(np.array_equal(tensors[name], trained[name]) for name in tensors) == same
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"dtype": "float16"}, "--dtype: 'float16' is unknown; use float32 or bfloat16"),
+    ({"round": 3}, r"run: round 3 is not finished; finished rounds: \[1, 2\]"),
+    ({"out": "run"}, "run: exists already"),
+  ],
+)
+def test_an_export_that_cannot_be_is_refused(changes, said, setting, tmp_path):
+  folder, _ = setting
+  wanted = {"out": "out", "round": None, "student": False, "dtype": "float32"} | changes
+  (tmp_path / "run").mkdir()
+  with pytest.raises(UserError, match=said):
+    export_model(folder / "run", **wanted | {"out": tmp_path / wanted["out"]})
 
 
 def test_two_processes_in_one_folder_are_refused(setting):

@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct, a real model: what small random ones cannot show."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import jax
@@ -37,7 +38,8 @@ def folder(tmp_path_factory):
   target = tmp_path_factory.mktemp("smollm2") / "model"
   (source,) = Path(WHEEL.submodule_search_locations[0]).glob("*.gguf")
   import_gguf(source, target)
-  return target
+  yield target
+  shutil.rmtree(target)  # half a gigabyte, which pytest would keep
 
 
 def test_greedy_decoding_equals_transformers_token_for_token(folder, one_device):

@@ -10,7 +10,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from tsalign_jax.config import Policy, Student
-from tsalign_jax.models.checkpoints import save_tree
+from tsalign_jax.models.checkpoints import load_tree, save_tree
 from tsalign_jax.models.loading import language_model, reward_model
 from tsalign_jax.types import UserError
 
@@ -33,10 +33,31 @@ def test_checkpoint_of_one_layout_is_restored_into_the_other(written, read, tmp_
   assert all(np.array_equal(restored[name], expected[name]) for name in expected)
 
 
-def test_damaged_checkpoint_is_refused(tmp_path, one_device):
+def test_missing_checkpoint_is_refused(tmp_path, one_device):
   tiny.decoder("llama", tmp_path / "model")
   with pytest.raises(UserError, match="there is no checkpoint in it"):
     language_model(Policy(path=tmp_path / "model")).restore(tmp_path / "nothing", one_device)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of what else Orbax was reading
+def test_damaged_checkpoint_is_refused(tmp_path, one_device):
+  """Whichever file is cut short: it is read as it was, or refused."""
+  tree = {"a": jnp.arange(1000.0), "b": jnp.ones((20, 30))}
+  abstract = {name: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=each.sharding) for name, each in tree.items()}
+  save_tree(tmp_path / "whole", tree)
+  files, refused = [file for file in (tmp_path / "whole").rglob("*") if file.is_file()], []
+  largest = max(files, key=lambda file: file.stat().st_size)  # holds the arrays
+  for file in files:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    try:
+      read = load_tree(tmp_path / "whole", abstract)
+      assert all(np.array_equal(read[name], tree[name]) for name in tree)
+    except UserError as error:
+      assert "whole: this checkpoint cannot be read (" in str(error)
+      refused.append(file)
+    file.write_bytes(content)
+  assert largest in refused
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.2.mlp.up_proj.weight"])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as some
 
 from tsalign_jax.ops.logprobs import token_logprobs, token_logprobs_of_devices
@@ -20,7 +20,12 @@ def dense(hidden, head, targets, softcap):
   return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)[:, 0]
 
 
-@settings(max_examples=40)
+# Each example is a program of its own; these are chunks and parts of one, that do not divide, and that are too large.
+@example(tokens=7, chunk=1, part=None, vocab=5, softcap=None, seed=0)
+@example(tokens=7, chunk=3, part=1, vocab=5, softcap=2.0, seed=0)
+@example(tokens=7, chunk=50, part=3, vocab=5, softcap=None, seed=0)
+@example(tokens=7, chunk=None, part=35, vocab=5, softcap=2.0, seed=0)
+@settings(max_examples=10)
 @given(
   tokens=some.integers(1, 40),
   chunk=some.none() | some.integers(1, 50),

@@ -10,6 +10,7 @@ from chat_server import ChatServer, completion
 from stages.judging import QUIET
 from teachers.asked import KEY, endpoint
 
+from tsalign_jax import loop
 from tsalign_jax.config import load_config
 from tsalign_jax.data.tables import read_table
 from tsalign_jax.loop import run, run_steps
@@ -25,6 +26,11 @@ def longer(content: str) -> str:
   """A judge who likes words."""
   first, second = (len(re.search(rf"<response_{side}>(.*?)</response_{side}>", content, re.S)[1]) for side in "ab")
   return "A" if first > second else "B" if second > first else "C"
+
+
+@pytest.fixture(autouse=True)
+def on_one_device(monkeypatch, one_device):
+  monkeypatch.setattr(loop, "make_mesh", lambda **axes: one_device)
 
 
 @pytest.fixture
@@ -58,16 +64,22 @@ def verdicts(config):
   return read_table(config.run / "round_01" / "verdicts.parquet")
 
 
-@pytest.mark.parametrize("strategy", ["best_worst", "random"])
-def test_judging_ahead_changes_nothing_and_pays_for_nothing_twice(strategy, server, tmp_path, monkeypatch):
+@pytest.fixture
+def sampling_takes_long(monkeypatch):
+  """So long that a few prompts are judged before the next ones are complete."""
   monkeypatch.setattr(ahead, "ENOUGH", 4)
   tell = ahead.Ahead.tell
 
-  def tell_while_sampling_takes_long(self, rows):
+  def tell_and_wait(self, rows):
     tell(self, rows)
     wait(self._asked)
 
-  monkeypatch.setattr(ahead.Ahead, "tell", tell_while_sampling_takes_long)
+  monkeypatch.setattr(ahead.Ahead, "tell", tell_and_wait)
+
+
+@pytest.mark.parametrize("strategy", ["best_worst", "random"])
+@pytest.mark.usefixtures("sampling_takes_long")
+def test_judging_ahead_changes_nothing_and_pays_for_nothing_twice(strategy, server, tmp_path, monkeypatch):
   early = configured(tmp_path / "early", server, strategy)
   counts = {name: entry["counts"] for name, entry in label(early).stages.items()}
   asked = sorted(request.content for request in server.log)
@@ -85,8 +97,8 @@ def test_judging_ahead_changes_nothing_and_pays_for_nothing_twice(strategy, serv
   assert verdicts(early) == verdicts(late)
 
 
-def test_a_refusal_stops_sampling_and_what_was_sampled_is_kept(server, tmp_path, monkeypatch):
-  monkeypatch.setattr(ahead, "ENOUGH", 4)
+@pytest.mark.usefixtures("sampling_takes_long")
+def test_a_refusal_stops_sampling_and_what_was_sampled_is_kept(server, tmp_path):
   config = configured(tmp_path / "run", server)
   server.reset(["401"])
   with pytest.raises(UserError, match=r"teacher: .* refused a request"):
@@ -123,3 +135,6 @@ def test_the_key_is_in_no_file_of_a_whole_run(server, tmp_path):
   assert seen >= {"config.yaml", "manifest.json", "metrics.json", "report.html", "verdicts.sqlite", "ledger.sqlite"}
   assert seen >= {"responses.parquet", "verdicts.parquet", "comparisons.parquet", "align.jsonl"}
   assert not [file for file in files if KEY.encode() in file.read_bytes()]
+  tables = {file.name: str(read_table(file)) for file in files if file.suffix == ".parquet"}  # which are compressed
+  assert not [name for name, content in tables.items() if KEY in content]
+  assert "I was called with" in tables["verdicts.parquet"]

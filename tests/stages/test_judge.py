@@ -173,7 +173,7 @@ def test_one_slow_answer_holds_nobody_up(server, tmp_path, monkeypatch):
   monkeypatch.setattr(judge_stage, "BATCH", 2)
   asked = [pair_of(1, 2, number) for number in range(20)]
   judging.write_inputs(tmp_path / "inputs", asked)
-  settings = teacher(server, concurrency=4, timeout=1.0) | {"both_orders": False}
+  settings = teacher(server, concurrency=4, timeout=3.0) | {"both_orders": False}
   server.reset(["hang"])
   judging.run(load_config(judging.config_file(tmp_path, settings)))
   hanging = server.log[0].content

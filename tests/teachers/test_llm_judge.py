@@ -291,7 +291,7 @@ def test_budget_is_never_exceeded_and_raising_it_continues(server, tmp_path):
 
 def test_request_whose_cost_is_unknown_counts_at_its_worst(server, tmp_path):
   server.reset(["hang", "reset", "500", "429", "504"])
-  with judge(server, tmp_path, both_orders=False, on={**PRICES, "timeout": 0.5}, max_tokens=5) as teacher:
+  with judge(server, tmp_path, both_orders=False, on={**PRICES, "timeout": 1.5}, max_tokens=5) as teacher:
     teacher.judge([pair(1, 2)])
   found = rows(tmp_path / "ledger.sqlite", "SELECT outcome, cost FROM attempts ORDER BY id")
   outcomes, (timed_out, dropped, server_error, rate_limited, gateway, answered) = zip(*found, strict=True)

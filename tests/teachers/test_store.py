@@ -9,10 +9,11 @@ from tsalign_jax.teachers.store import Answer, Price, Score, ScoreStore, Verdict
 def test_a_new_file_that_another_run_is_opening_is_waited_for(tmp_path):
   other = sqlite3.connect(tmp_path / "verdicts.sqlite", isolation_level=None, check_same_thread=False)
   other.execute("BEGIN IMMEDIATE")
-  release = threading.Timer(0.3, other.close)
+  releasing = threading.Event()
+  release = threading.Timer(0.3, lambda: releasing.set() or other.close())
   release.start()
   store = VerdictStore(tmp_path / "verdicts.sqlite")
-  assert release.finished.is_set() and store.get("?") is None
+  assert releasing.is_set() and store.get("?") is None
   store.close()
   release.join()
 

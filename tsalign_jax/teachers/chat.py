@@ -66,6 +66,7 @@ class ChatClient:
       self._client = openai.AsyncOpenAI(
         base_url=self._endpoint.base_url, api_key=self._key, timeout=self._patience(), max_retries=0
       )
+      self._client.chat  # noqa: B018  imported as it is looked at: not in the time that a request may take
     try:
       # The client's own time-out is for each read, and a server that drips a byte at a time never exceeds it.
       async with asyncio.timeout(self._endpoint.timeout):

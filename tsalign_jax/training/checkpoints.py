@@ -6,8 +6,8 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from tsalign_jax.models.checkpoints import said_to_be
 from tsalign_jax.models.functional import Params
-from tsalign_jax.types import UserError
 
 
 class StepCheckpoints:
@@ -42,11 +42,7 @@ class StepCheckpoints:
       return None
     wanted = {"trainable": dict(abstract), "opt_state": abstract_state}
     arguments = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), iterator=ocp.args.JsonRestore())
-    try:
+    what = f"{self.manager.directory}: this half-done training cannot be continued here"
+    with said_to_be(what, "; continue on the kind of machine that began it, or delete the folder"):
       restored = self.manager.restore(step, args=arguments)
-    except (ValueError, FileNotFoundError) as error:
-      raise UserError(
-        f"{self.manager.directory}: this half-done training cannot be continued here "
-        f"({str(error).splitlines()[0]}); continue on the kind of machine that began it, or delete the folder"
-      ) from error
     return step, restored.state["trainable"], restored.state["opt_state"], restored.iterator
