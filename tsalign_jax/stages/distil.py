@@ -30,9 +30,9 @@ def distil(job: Job) -> Counts:
   earlier = [file for name, file in sorted(job.reads.items()) if name.startswith("replay_")]
   human, left_out = human_pairs(settings.replay, job.reads["heldout"]) if settings.replay else ([], 0)
   own = [pair for file in earlier for pair in read_pairs(file)]
-  chosen = _replayed(len(own) + len(human), len(new), settings.replay_share, job.seed)
-  pairs, from_people = [*new, *([*own, *human][index] for index in chosen)], sum(index >= len(own) for index in chosen)
-  examples = [make_example(engine, pair) for pair in pairs]
+  seen = [*own, *human]
+  chosen = _replayed(len(seen), len(new), settings.replay_share, job.seed)
+  examples = [make_example(engine, pair) for pair in (*new, *(seen[index] for index in chosen))]
   steps = training_steps(len(examples), settings)
   with job.progress(steps, "steps") as advance:
     trained = fit(
@@ -48,9 +48,14 @@ def distil(job: Job) -> Counts:
     )
   save_tree(job.writes["student"], trained)
   shutil.copyfile(job.partial / "log.jsonl", job.writes["log"])
-  replayed = {"replayed_pairs": len(pairs) - len(new), "of_which_human": from_people, "human_pairs_held_out": left_out}
-  cut = sum(any(example.item.cut) for example in examples)
-  return {"new_pairs": len(new), **replayed, "cut_to_student_limit": cut, "steps": steps}
+  return {
+    "new_pairs": len(new),
+    "replayed_pairs": len(chosen),
+    "replayed_human_pairs": sum(index >= len(own) for index in chosen),
+    "human_pairs_held_out": left_out,
+    "cut_to_student_limit": sum(any(example.item.cut) for example in examples),
+    "steps": steps,
+  }
 
 
 def read_pairs(file) -> list[PreferencePair]:
