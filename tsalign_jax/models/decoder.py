@@ -64,7 +64,7 @@ class MLP(nnx.Module):
 
   def __call__(self, x):
     """down(act(gate(x)) * up(x))."""
-    return self.down_proj((activate(self.activation, self.gate_proj(x)) * self.up_proj(x)).astype(x.dtype))
+    return self.down_proj(activate(self.activation, self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nnx.Module):

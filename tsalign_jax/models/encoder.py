@@ -74,7 +74,7 @@ class BertLayer(nnx.Module):
     """The hidden states after this layer: of all tokens, or of so many first ones."""
     asking = x[:, :wanted]
     x = self.attention_norm(asking + self.attention_output(attend(self.query(asking), self.key(x), self.value(x))))
-    return self.output_norm(x + self.down(activate(self.activation, self.up(x)).astype(x.dtype)))
+    return self.output_norm(x + self.down(activate(self.activation, self.up(x))))
 
 
 class ModernBertLayer(nnx.Module):
@@ -97,7 +97,7 @@ class ModernBertLayer(nnx.Module):
     query, key, value = jnp.moveaxis(self.attn_qkv(x if self.attn_norm is None else self.attn_norm(x)), 2, 0)
     x = x[:, :wanted] + self.attn_out(attend(query[:, :wanted], key, value))
     activated, factor = jnp.moveaxis(self.mlp_in(self.mlp_norm(x)), 2, 0)
-    return x + self.mlp_out((activate(self.activation, activated) * factor).astype(x.dtype))
+    return x + self.mlp_out(activate(self.activation, activated, factor))
 
 
 class Encoder(nnx.Module):

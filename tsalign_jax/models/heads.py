@@ -106,7 +106,7 @@ class EncoderRewardModel(nnx.Module):
     first = self.config.pooling == "cls"
     hidden = self.model(tokens, mask, token_types, wanted=1 if first else None, mesh=mesh, dtype=dtype, remat=remat)
     pooled = hidden[:, 0] if first else _mean(hidden, mask)
-    pooled = activate(self.config.classifier_activation, self.dense(pooled)).astype(pooled.dtype)
+    pooled = activate(self.config.classifier_activation, self.dense(pooled))
     return pooled if self.norm is None else self.norm(pooled)
 
 

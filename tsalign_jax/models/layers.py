@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from tsalign_jax.models.config import Rope
 from tsalign_jax.ops.einsum import wide_dot
+from tsalign_jax.ops.order import recomputed
 
 ACTIVATIONS: Mapping[str, Callable] = {
   "silu": jax.nn.silu,
@@ -27,9 +28,16 @@ ACTIVATIONS: Mapping[str, Callable] = {
 }
 
 
-def activate(name: str, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
-  """An activation by its Hugging Face name, in float32: no platform computes one in bfloat16 any faster."""
-  return ACTIVATIONS[name](x.astype(jnp.float32))
+def activate(name: str, x: Float[Array, "*batch size"], *factors: Float[Array, "*batch size"]):
+  """An activation by its Hugging Face name, times the factors of a gated one; in the dtype of x.
+
+  It is computed in float32, as no platform computes one in bfloat16 any faster, and again in the backward pass.
+  """
+
+  def activated(x, *factors):
+    return math.prod(factors, start=ACTIVATIONS[name](x.astype(jnp.float32))).astype(x.dtype)
+
+  return recomputed(activated)(x, *factors)
 
 
 Axes = Mapping[str, int]  # logical axis -> size, in order: {"heads": 9, "head_dim": 64}
@@ -86,9 +94,13 @@ class RMSNorm(nnx.Module):
 
   def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
     """x, normed in float32, in its own dtype."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-    return (wide * (self.scale[...].astype(jnp.float32) + self.offset)).astype(x.dtype)
+
+    def normed(x, scale):
+      wide = x.astype(jnp.float32)
+      wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+      return (wide * (scale.astype(jnp.float32) + self.offset)).astype(x.dtype)
+
+    return recomputed(normed)(x, self.scale[...])
 
 
 class LayerNorm(nnx.Module):
@@ -101,11 +113,17 @@ class LayerNorm(nnx.Module):
 
   def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
     """x, normed in float32, in its own dtype."""
-    wide = x.astype(jnp.float32)
-    wide = wide - wide.mean(axis=-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-    wide = wide * self.scale[...].astype(jnp.float32)
-    return (wide if self.bias is None else wide + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+    def normed(x, scale, *bias):
+      wide = x.astype(jnp.float32)
+      wide = wide - wide.mean(axis=-1, keepdims=True)
+      wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+      wide = wide * scale.astype(jnp.float32)
+      for shift in bias:
+        wide = wide + shift.astype(jnp.float32)
+      return wide.astype(x.dtype)
+
+    return recomputed(normed)(x, self.scale[...], *([] if self.bias is None else [self.bias[...]]))
 
 
 class Rotation(NamedTuple):

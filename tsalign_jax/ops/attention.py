@@ -90,8 +90,28 @@ def meet(
   by_step = logits.reshape(*logits.shape[:-2], visible.shape[-2], -1, logits.shape[-1])
   logits = jnp.where(visible[..., None, :, None, :], by_step, MASKED).reshape(logits.shape)
   highest = jax.lax.stop_gradient(jnp.maximum(logits.max(-1), MASKED / 2))
-  weights = jnp.exp(logits - highest[..., None])
-  return Met(wide_matmul(weights.astype(value.dtype), value), weights.sum(-1), highest)
+  weights, total = _weigh(value.dtype, logits - highest[..., None])
+  return Met(wide_matmul(weights, value), total, highest)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weigh(dtype, logits: Float[Array, "*rows keys"]) -> tuple[Float[Array, "*rows keys"], Float[Array, "*rows"]]:
+  """exp(logits), rounded to a dtype, and their sum in float32; the backward pass keeps nothing but the rounded ones."""
+  return _weigh_forward(dtype, logits)[0]
+
+
+def _weigh_forward(dtype, logits):
+  weights = jnp.exp(logits)
+  rounded = weights.astype(dtype)
+  return (rounded, weights.sum(-1)), rounded
+
+
+def _weigh_backward(dtype, rounded, cotangents):
+  into_weights, into_total = cotangents
+  return (rounded.astype(jnp.float32) * (into_weights.astype(jnp.float32) + into_total[..., None]),)
+
+
+_weigh.defvjp(_weigh_forward, _weigh_backward)
 
 
 def _meet_if_seen(rows, position, keys: Keys, masking: Masking) -> Met:
