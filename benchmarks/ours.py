@@ -14,7 +14,7 @@ import numpy as np
 from tsalign_jax import config
 from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.packing import Item, Packing
-from tsalign_jax.host_memory import give_back
+from tsalign_jax.host_memory import give_back, give_back_after_compiling
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.loading import ModelHandle, language_model, reward_model, wide
 from tsalign_jax.pairing.mine import best_worst, usable
@@ -26,6 +26,8 @@ from tsalign_jax.training.optimizer import build_trainer, fetch
 from tsalign_jax.training.run import in_order
 
 PACKAGES = ("tsalign_jax", "jax")
+
+jax.monitoring.register_event_duration_secs_listener(give_back_after_compiling)  # as a run does it
 
 
 class Sampler:

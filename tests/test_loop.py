@@ -24,7 +24,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from tsalign_jax import loop
+from tsalign_jax import host_memory, loop
 from tsalign_jax.config import load_config
 from tsalign_jax.data.tables import read_table
 from tsalign_jax.export import export_model
@@ -250,6 +250,23 @@ def test_a_stage_that_needs_too_much_memory_names_what_to_lower(tmp_path):
   settings = load_config(tiny.run_config(tmp_path))
   with pytest.raises(UserError, match=r"round_01/align: out of device memory; lower align.microbatch_tokens, or set"):
     loop.run_steps(settings, one_stage("align", align), QUIET, lambda: None, lambda *_: None)
+
+
+def test_what_compilers_freed_is_given_back_while_a_run_lasts(tmp_path, monkeypatch):
+  def score(job):
+    jax.jit(lambda x: x * 17 + 3)(np.ones(7))
+    compiled.append(len(given_back))
+    job.writes["out"].write_text("done")
+    return {}
+
+  given_back, compiled = [], []
+  monkeypatch.setattr(host_memory, "LONG", 0.0)
+  monkeypatch.setattr(host_memory, "give_back", lambda: given_back.append(True))
+  settings = load_config(tiny.run_config(tmp_path))
+  loop.run_steps(settings, one_stage("score", score), QUIET, lambda: None, lambda *_: None)
+  count = len(given_back)
+  jax.jit(lambda x: x * 19 + 3)(np.ones(7))
+  assert compiled[0] > 0 and len(given_back) == count
 
 
 def test_what_a_stage_wrote_is_on_disk_before_the_stage_is_in_the_manifest(tmp_path, monkeypatch):

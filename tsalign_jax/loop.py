@@ -16,7 +16,7 @@ import yaml
 from tsalign_jax.config import Config, RewardConfig, changed_keys, dump_config, load_config
 from tsalign_jax.data.chat import Chat
 from tsalign_jax.data.files import fingerprint, prompt_key, read_preferences, read_prompts
-from tsalign_jax.host_memory import give_back
+from tsalign_jax.host_memory import give_back, give_back_after_compiling
 from tsalign_jax.manifest import Manifest, make_durable, write_json
 from tsalign_jax.models.config import DecoderConfig
 from tsalign_jax.models.hf import WeightFiles
@@ -80,7 +80,7 @@ def run_steps(
   `ready` is called before the first, when what is there has been found sound; `done` after each, also after one that
   had committed before. Raises UserError for a run folder that holds another configuration or damaged files.
   """
-  with _locked(config.run):
+  with _locked(config.run), _giving_back():
     manifest, mesh = Manifest(config.run), functools.cache(lambda: make_mesh(**config.mesh.model_dump()))
     _check_config(config, manifest, steps)
     committed = [step for step in steps if step.name in manifest.stages]
@@ -283,6 +283,16 @@ def _locked(folder: Path) -> Iterator[None]:
     except BlockingIOError as error:
       raise UserError(f"{folder}: another process is running in this folder") from error
     yield
+
+
+@contextlib.contextmanager
+def _giving_back() -> Iterator[None]:
+  """What compilers leave behind is not kept on top of what programs need."""
+  jax.monitoring.register_event_duration_secs_listener(give_back_after_compiling)
+  try:
+    yield
+  finally:
+    jax.monitoring.unregister_event_duration_listener(give_back_after_compiling)
 
 
 def rounds_done(run: Path) -> list[int]:
