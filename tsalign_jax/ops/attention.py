@@ -5,6 +5,7 @@ to another (see `ops.fused`).
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -201,17 +202,44 @@ class PackedRows:
       visible = visible & (self.position[:, :, None] - self.position[:, None] < window)
     if fused.applies(self.mesh, query.dtype, head_dim, masking):
       return fused.attend_packed(query, key, value, visible, masking.scale, self.mesh), cache
+    kv_heads = key.shape[2]
     key, value = lay_out(key, value)
-    grouped = heads_first(query.reshape(rows, columns, key.shape[1], -1))
+    grouped = heads_first(query.reshape(rows, columns, kv_heads, -1))
+    ends = (*range(BLOCK, columns, BLOCK), columns)
+    blocks, keys, values = jnp.split(grouped, ends[:-1], axis=2), _up_to(ends, 3, key), _up_to(ends, 2, value)
     parts = []
-    for start in range(0, columns, BLOCK):
-      end = min(start + BLOCK, columns)
-      block = grouped[:, :, start:end].reshape(rows, key.shape[1], -1, head_dim)
-      seen = visible[:, start:end, :end]
-      met = meet(block, key[..., :end], value[..., :end, :], seen, masking.scale, masking.softcap)
-      parts.append(met.normalised().reshape(rows, key.shape[1], end - start, -1, head_dim))
+    for block, key, value, end in zip(blocks, keys, values, ends, strict=True):
+      size = block.shape[2]
+      seen = visible[:, end - size : end, :end]
+      met = meet(block.reshape(rows, kv_heads, -1, head_dim), key, value, seen, masking.scale, masking.softcap)
+      parts.append(met.normalised().reshape(rows, kv_heads, size, -1, head_dim))
     out = jnp.swapaxes(jnp.concatenate(parts, axis=2), 1, 2)
     return out.reshape(query.shape).astype(query.dtype), cache
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _up_to(ends: tuple[int, ...], axis: int, x: Float[Array, "..."]) -> list[Float[Array, "..."]]:
+  """What x holds before each of the ends, of which the last is its own.
+
+  Its gradient is summed in float32, each stretch between two ends apart. XLA's own would add arrays of the whole size,
+  rounded each time, and on CPUs would do so within the loop that lays the sum out anew.
+  """
+  return [jax.lax.slice_in_dim(x, 0, end, axis=axis) for end in ends]
+
+
+def _up_to_forward(ends, axis, x):
+  return _up_to(ends, axis, x), None
+
+
+def _up_to_backward(ends, axis, _, cotangents):
+  stretches = []
+  for first, (start, end) in enumerate(itertools.pairwise((0, *ends))):
+    parts = (jax.lax.slice_in_dim(each, start, end, axis=axis) for each in cotangents[first:])
+    stretches.append(sum(part.astype(jnp.float32) for part in parts).astype(cotangents[0].dtype))
+  return (jnp.concatenate(stretches, axis),)
+
+
+_up_to.defvjp(_up_to_forward, _up_to_backward)
 
 
 def lay_out(
