@@ -22,7 +22,7 @@ from tsalign_jax.parallel.mesh import batch_ways, make_mesh
 from tsalign_jax.sampling.engine import Sampled, build_sampler
 from tsalign_jax.scoring.reward import build_reward_engine
 from tsalign_jax.training.align import build_loss, build_reference, known_logps, make_batches
-from tsalign_jax.training.optimizer import build_trainer, fetch
+from tsalign_jax.training.optimizer import State, build_trainer, fetch
 from tsalign_jax.training.run import in_order
 
 PACKAGES = ("tsalign_jax", "jax")
@@ -90,14 +90,14 @@ class Trainer:
     """[pairs, 2], of the frozen policy."""
     return known_logps(self.reference, params, packing, self._steps(packing), self.mesh)
 
-  def epoch(self, trainable: Params, state, packing: Packing, reference: np.ndarray):
-    """(trainable, optimizer state, metrics of each step) after one pass over the pairs."""
+  def epoch(self, state: State, packing: Packing, reference: np.ndarray) -> tuple[State, list[dict[str, float]]]:
+    """The state, and metrics of each step, after one pass over the pairs."""
     log = []
     for step in self._steps(packing):
       parts = make_batches(packing, step, reference, self.mesh)
-      trainable, state, metrics = self.trainer.step(trainable, {}, state, parts)
+      state, metrics = self.trainer.step(state, {}, parts)
       log.append(metrics)
-    return trainable, state, [fetch(metrics) for metrics in log]
+    return state, [fetch(metrics) for metrics in log]
 
   def _steps(self, packing: Packing) -> list[range]:
     return in_order(len(packing.items), self.settings.batch_size)
@@ -164,7 +164,7 @@ class Dpo:
     self.packing = self.trainer.pack(pairs)
     params = model.load(make_mesh())
     self.reference = self.trainer.reference_logps(params, self.packing)
-    self.trainable, self.state = wide(params), self.trainer.trainer.init(params)
+    self.state = self.trainer.trainer.start(wide(params))
     del params
     first = self._epoch()[0]
     sides = [row["prompt_tokens"] + row[f"{side}_tokens"] for row in work["pairs"] for side in ("chosen", "rejected")]
@@ -177,7 +177,7 @@ class Dpo:
     return {"units": len(self.packing.items)}
 
   def _epoch(self) -> list[dict[str, float]]:
-    self.trainable, self.state, log = self.trainer.epoch(self.trainable, self.state, self.packing, self.reference)
+    self.state, log = self.trainer.epoch(self.state, self.packing, self.reference)
     return log
 
 
@@ -205,8 +205,7 @@ class Round:
     packing = self.trainer.pack(pairs)
     reference = self.trainer.reference_logps(self.params, packing)
     trainable = {name: jnp.copy(array) for name, array in wide(self.params).items()}  # as training takes what it gets
-    state = self.trainer.trainer.init(trainable)
-    jax.block_until_ready(self.trainer.epoch(trainable, state, packing, reference))
+    jax.block_until_ready(self.trainer.epoch(self.trainer.trainer.start(trainable), packing, reference))
     give_back()
     lengths = [len(sampled.tokens) for row in answers for sampled in row]
     mean = float(np.mean(lengths))

@@ -66,5 +66,5 @@ def test_reference_and_first_step_are_the_same_numbers_in_bfloat16(folder, one_d
   reference = np.asarray(build_reference(model, one_device)(params, batch))
   trainer = build_trainer(build_loss(model, one_device, Align()), Align(), 1, model.skeleton, one_device)
   pairs = AlignBatch(batch, reference, np.where(place >= 0, np.float32(1 / 4), 0))
-  _, metrics = trainer.accumulate(trainer.zeros(params), params, {}, pairs)
+  _, metrics = trainer.accumulate(trainer.room(params), True, params, {}, pairs)
   assert metrics["logps/drift"] == 0

@@ -201,11 +201,11 @@ def _align(
   trainer = build_trainer(align.build_loss(model, mesh, settings), settings, len(steps), part.skeleton, mesh)
   trainable = part.load()
   moved = _trained_bytes(model, part, trainable, batches, len(steps))
-  state = [trainable, trainer.init(trainable)]
+  state = [trainer.start(trainable)]
 
   def epoch():
     for step in steps:
-      *state[:], metrics = trainer.step(state[0], part.frozen, state[1], align.make_batches(packing, step, logps, mesh))
+      state[0], metrics = trainer.step(state[0], part.frozen, align.make_batches(packing, step, logps, mesh))
     return metrics
 
   _, seconds = _timed(epoch, runs)
@@ -232,11 +232,11 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
   trainer = build_trainer(reward.build_loss(engine, settings), settings, len(steps), part.skeleton, mesh)
   trainable = part.load()
   moved = _trained_bytes(model, part, trainable, sum(1 for step in steps for _ in laid_out.parts(step)), len(steps))
-  state = [trainable, trainer.init(trainable)]
+  state = [trainer.start(trainable)]
 
   def epoch():
     for step in steps:
-      *state[:], metrics = trainer.step(state[0], part.frozen, state[1], laid_out.parts(step))
+      state[0], metrics = trainer.step(state[0], part.frozen, laid_out.parts(step))
     return metrics
 
   _, seconds = _timed(epoch, runs)

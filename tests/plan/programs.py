@@ -112,7 +112,7 @@ def train(model: ModelHandle, mesh: Mesh, layout: Layout = LAYOUT) -> dict[str, 
   shapes = (ROWS, layout.items, 2), (ROWS, layout.items)  # reference log-probabilities, weights
   batch = AlignBatch(packed(mesh, ROWS, layout), *(rows(mesh, *shape, dtype=jnp.float32) for shape in shapes))
   state = trainer.abstract_state(params)
-  accumulate, _ = facts(trainer.accumulate.lower(params, params, {}, batch))
+  accumulate, _ = facts(trainer.accumulate.lower(params, True, params, {}, batch))
   update, _ = facts(trainer.update.lower(params, state, params))
   return {"accumulate": accumulate | {"beside": on_device(state)}, "update": update}
 

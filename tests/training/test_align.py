@@ -152,7 +152,7 @@ def test_a_training_step_holds_no_array_of_tokens_by_vocabulary(layout, tmp_path
   batch = AlignBatch(pairs, np.zeros((*place.shape, 2), np.float32), np.zeros(place.shape, np.float32))
   trainer = build_trainer(build_loss(model, one_device, Align()), Align(), 1, model.skeleton, one_device)
   params = model.skeleton.abstract(one_device)
-  program = trainer.accumulate.lower(params, params, {}, batch).compile()
+  program = trainer.accumulate.lower(params, True, params, {}, batch).compile()
   tokens = pairs.target.size
   assert tokens >= 3600 and f"[{tokens},{vocab}]" not in program.as_text()
   assert program.memory_analysis().temp_size_in_bytes < tokens * vocab * 4 / 2

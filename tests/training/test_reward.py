@@ -97,10 +97,7 @@ def test_loss_and_gradient_of_weights_equal_pytorch(family, tokens, tmp_path, on
   parts = list(Examples(engine, examples, settings).parts(range(len(examples))))
   assert (len(parts) > 1) == (tokens == 256)
   trainer = build_trainer(build_loss(engine, settings), settings, 1, engine.model.skeleton, one_device)
-  gradients, metrics = trainer.zeros(params), []
-  for part in parts:
-    gradients, of_part = trainer.accumulate(gradients, params, {}, part)
-    metrics.append(of_part)
+  gradients, metrics = trainer.gradients(trainer.start(params), {}, parts)
 
   texts = [(pair.prompt, text) for pair in PAIRS for text in (pair.chosen, pair.rejected)]
   scores = torch.stack([peer(**inputs(*each)).logits[0, 0] for each in texts])
@@ -139,13 +136,13 @@ def test_adapters_and_head_learn_and_merge_into_what_they_were(family, tmp_path,
   part = trained_part(engine.model, settings.lora, lambda: params, jax.random.key(0), one_device)
   trainer = build_trainer(build_loss(engine, settings), settings, 8, part.skeleton, one_device)
   examples = [make_example(engine, pair._replace(margin=0.0)) for pair in PAIRS]
-  trainable = part.load()
-  state, log = trainer.init(trainable), []
+  state, log = trainer.start(part.load()), []
   everything = list(Examples(engine, examples, settings).parts(range(len(PAIRS))))
   for _ in range(8):
-    trainable, state, metrics = trainer.step(trainable, part.frozen, state, everything)
+    state, metrics = trainer.step(state, part.frozen, everything)
     log.append(fetch(metrics))
   assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+  trainable = state.trainable
   _, adapted = jax.jit(build_loss(engine, settings))(trainable, part.frozen, *everything)
   whole = part.whole(trainable)
   assert set(whole) == set(engine.model.skeleton.specs)

@@ -8,32 +8,36 @@ import jax.numpy as jnp
 
 from tsalign_jax.config import Align
 from tsalign_jax.training import run
+from tsalign_jax.training.optimizer import State
 
 
 def test_each_step_is_launched_before_the_metrics_of_the_last_one_are_waited_for(tmp_path, monkeypatch):
   """So the host lays out the next batches, and the device has work, while a step is being computed."""
   events = []
 
-  def step(trainable, frozen, opt_state, parts):
+  def step(state, frozen, parts):
     events.append(f"step {len([event for event in events if event.startswith('step')])} of {next(parts)}")
-    return trainable, opt_state, [{"loss": len(events)}]
+    return state, [{"loss": len(events)}]
 
   def fetch(metrics):
     events.append("fetch")
     return {"loss": 1.0, "grad_norm": 1.0}
 
   monkeypatch.setattr(run, "fetch", fetch)
-  state = {"w": jnp.zeros(2)}
-  abstract = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), state)
+  params = {"w": jnp.zeros(2)}
+  abstract = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), params)
   trainer = types.SimpleNamespace(
-    step=step, init=lambda trainable: state, abstract_state=lambda trainable: abstract, schedule=lambda step: 0.1
+    step=step,
+    start=lambda trainable: State(trainable, params, params),
+    abstract_state=lambda trainable: abstract,
+    schedule=lambda step: 0.1,
   )
   booked = []
   run.train(
     trainer,
     Align(batch_size=2, checkpoint_every=4, epochs=1),
     abstract,
-    lambda: state,
+    lambda: params,
     {},
     lambda indices: iter([len(indices)]),
     section="align",

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,15 @@ def make_optimizer(settings: Optimizer, steps: int) -> optax.GradientTransformat
   )
 
 
+class State(NamedTuple):
+  """What a training changes from step to step."""
+
+  trainable: Params
+  opt_state: Any
+  gradients: Params
+  """Room for those of a step, whatever is in it: one lot of memory for all steps."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trainer:
   """One optimizer step as a few programs, so that its microbatches may differ in number and shape.
@@ -56,24 +65,33 @@ class Trainer:
   Gradients and optimizer moments live where their parameters do.
   """
 
-  zeros: Callable  # (trainable) -> gradients of nothing
-  accumulate: Callable  # (gradients, trainable, frozen, microbatch) -> gradients, metrics; donates the gradients
+  room: Callable  # (trainable) -> gradients, for `accumulate` to write to
+  accumulate: Callable  # (gradients, first, trainable, frozen, microbatch) -> gradients, metrics; donates the gradients
   update: Callable  # (trainable, opt_state, gradients) -> trainable, opt_state, norm; donates the first two
   init: Callable
   abstract_state: Callable
   schedule: optax.Schedule
 
-  def step(self, trainable: Params, frozen: Params, opt_state, microbatches: Iterable[Any]):
-    """(trainable, opt_state, metrics) after one step over all microbatches; the old buffers are donated.
+  def start(self, trainable: Params, opt_state: Any = None) -> State:
+    """The state before a step; without `opt_state`, before the first one."""
+    return State(trainable, self.init(trainable) if opt_state is None else opt_state, self.room(trainable))
+
+  def step(self, state: State, frozen: Params, microbatches: Iterable[Any]):
+    """(state, metrics) after one step over all microbatches; the old state's buffers are donated.
 
     The metrics stay on the device: `fetch` makes numbers of them.
     """
-    gradients, metrics = self.zeros(trainable), []
+    gradients, metrics = self.gradients(state, frozen, microbatches)
+    trainable, opt_state, norm = self.update(state.trainable, state.opt_state, gradients)
+    return State(trainable, opt_state, gradients), [*metrics, {"grad_norm": norm}]
+
+  def gradients(self, state: State, frozen: Params, microbatches: Iterable[Any]):
+    """(gradients of the summed losses, metrics of each microbatch); the old gradients' buffers are donated."""
+    gradients, metrics = state.gradients, []
     for microbatch in microbatches:
-      gradients, of_part = self.accumulate(gradients, trainable, frozen, microbatch)
+      gradients, of_part = self.accumulate(gradients, not metrics, state.trainable, frozen, microbatch)
       metrics.append(of_part)
-    trainable, opt_state, norm = self.update(trainable, opt_state, gradients)
-    return trainable, opt_state, [*metrics, {"grad_norm": norm}]
+    return gradients, metrics
 
 
 def fetch(metrics: Sequence[Mapping[str, Array]]) -> dict[str, float]:
@@ -120,19 +138,19 @@ def build_trainer(loss: LossFn, settings: Optimizer, steps: int, skeleton: Skele
 
 @functools.lru_cache(maxsize=16)
 def _build_gradients(loss: LossFn, skeleton: Skeleton, mesh: Mesh) -> tuple[Callable, Callable]:
-  """`zeros` and `accumulate` of a trainer."""
+  """`room` and `accumulate` of a trainer."""
   place = functools.partial(_place, skeleton, mesh)
 
   @jax.jit
-  def zeros(trainable: Params):
+  def room(trainable: Params):
     return place(jax.tree.map(jnp.zeros_like, dict(trainable)))
 
   @functools.partial(jax.jit, donate_argnums=0, compiler_options=ROUND_ALIKE)
-  def accumulate(gradients, trainable, frozen, microbatch):
+  def accumulate(gradients, first, trainable, frozen, microbatch):
     (_, metrics), new = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, microbatch)
-    return jax.tree.map(jnp.add, gradients, place(new)), dict(metrics)
+    return jax.tree.map(lambda old, new: jnp.where(first, 0, old) + new, gradients, place(new)), dict(metrics)
 
-  return zeros, accumulate
+  return room, accumulate
 
 
 def _place(skeleton: Skeleton, mesh: Mesh, params: Params) -> dict[str, jax.Array]:

@@ -59,27 +59,27 @@ def train(
   data, done = batches_of(pairs, settings, seed), 0
   with StepCheckpoints(folder / "steps", settings.checkpoint_every) as checkpoints:
     if saved := checkpoints.latest(abstract, trainer.abstract_state(abstract)):
-      done, trainable, opt_state, iterator = saved
+      done, *learned, iterator = saved
       data.set_state(iterator)
       on_resume(done)
     else:
-      trainable = load()
-      opt_state = trainer.init(trainable)
+      learned = [load()]
+    state = trainer.start(*learned)
     log = _open_log(folder / "log.jsonl", done)
     pending = None
     for step, indices in enumerate(data, done):
-      trainable, opt_state, metrics = trainer.step(trainable, frozen, opt_state, make_parts(indices.tolist()))
+      state, metrics = trainer.step(state, frozen, make_parts(indices.tolist()))
       if pending:
         _book(log, trainer, section, *pending, on_step)
       pending = (step, metrics)  # fetched one step late, so that the device never waits for the host
       if (step + 1) % settings.checkpoint_every == 0:
         _book(log, trainer, section, *pending, on_step)
         pending = None
-        checkpoints.save(step + 1, trainable, opt_state, data.get_state())
+        checkpoints.save(step + 1, state.trainable, state.opt_state, data.get_state())
     if pending:
       _book(log, trainer, section, *pending, on_step)
     log.close()
-  return trainable
+  return state.trainable
 
 
 def _book(log, trainer: Trainer, section: str, step: int, metrics, on_step) -> None:
