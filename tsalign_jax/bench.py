@@ -201,11 +201,12 @@ def _align(
   trainer = build_trainer(align.build_loss(model, mesh, settings), settings, len(steps), part.skeleton, mesh)
   trainable = part.load()
   moved = _trained_bytes(model, part, trainable, batches, len(steps))
-  state = [trainer.start(trainable)]
+  state = trainer.start(trainable)
 
   def epoch():
+    nonlocal state
     for step in steps:
-      state[0], metrics = trainer.step(state[0], part.frozen, align.make_batches(packing, step, logps, mesh))
+      state, metrics = trainer.step(state, part.frozen, align.make_batches(packing, step, logps, mesh))
     return metrics
 
   _, seconds = _timed(epoch, runs)
@@ -232,11 +233,12 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
   trainer = build_trainer(reward.build_loss(engine, settings), settings, len(steps), part.skeleton, mesh)
   trainable = part.load()
   moved = _trained_bytes(model, part, trainable, sum(1 for step in steps for _ in laid_out.parts(step)), len(steps))
-  state = [trainer.start(trainable)]
+  state = trainer.start(trainable)
 
   def epoch():
+    nonlocal state
     for step in steps:
-      state[0], metrics = trainer.step(state[0], part.frozen, laid_out.parts(step))
+      state, metrics = trainer.step(state, part.frozen, laid_out.parts(step))
     return metrics
 
   _, seconds = _timed(epoch, runs)

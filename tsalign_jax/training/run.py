@@ -59,12 +59,12 @@ def train(
   data, done = batches_of(pairs, settings, seed), 0
   with StepCheckpoints(folder / "steps", settings.checkpoint_every) as checkpoints:
     if saved := checkpoints.latest(abstract, trainer.abstract_state(abstract)):
-      done, *learned, iterator = saved
+      done, trainable, opt_state, iterator = saved
       data.set_state(iterator)
       on_resume(done)
+      state = trainer.start(trainable, opt_state)
     else:
-      learned = [load()]
-    state = trainer.start(*learned)
+      state = trainer.start(load())
     log = _open_log(folder / "log.jsonl", done)
     pending = None
     for step, indices in enumerate(data, done):
