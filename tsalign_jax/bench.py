@@ -8,7 +8,7 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from tsalign_jax.sampling.engine import build_sampler
 from tsalign_jax.scoring.reward import Encoded, build_reward_engine
 from tsalign_jax.stages.base import sampling_mesh
 from tsalign_jax.training import align, reward
-from tsalign_jax.training.optimizer import build_trainer
+from tsalign_jax.training.optimizer import Trainer, build_trainer
 from tsalign_jax.training.run import in_order
 from tsalign_jax.types import Conversation, PreferencePair, UserError
 
@@ -199,17 +199,11 @@ def _align(
 
   part = trained_part(model, settings.lora, lambda: params, jax.random.key(0), mesh)
   trainer = build_trainer(align.build_loss(model, mesh, settings), settings, len(steps), part.skeleton, mesh)
-  trainable = part.load()
-  moved = _trained_bytes(model, part, trainable, batches, len(steps))
-  state = trainer.start(trainable)
 
-  def epoch():
-    nonlocal state
-    for step in steps:
-      state, metrics = trainer.step(state, part.frozen, align.make_batches(packing, step, logps, mesh))
-    return metrics
+  def microbatches(step: Sequence[int]):
+    return align.make_batches(packing, step, logps, mesh)
 
-  _, seconds = _timed(epoch, runs)
+  seconds, moved = _epoch(model, part, trainer, steps, microbatches, runs)
   yield Phase("align", *work, _backward(settings.lora) * _flops(model, pairs), moved, seconds)
 
 
@@ -231,17 +225,7 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
   steps, laid_out = in_order(len(pairs), settings.batch_size), reward.Examples(engine, pairs, settings)
   part = trained_part(model, settings.lora, lambda: params, jax.random.key(0), mesh)
   trainer = build_trainer(reward.build_loss(engine, settings), settings, len(steps), part.skeleton, mesh)
-  trainable = part.load()
-  moved = _trained_bytes(model, part, trainable, sum(1 for step in steps for _ in laid_out.parts(step)), len(steps))
-  state = trainer.start(trainable)
-
-  def epoch():
-    nonlocal state
-    for step in steps:
-      state, metrics = trainer.step(state, part.frozen, laid_out.parts(step))
-    return metrics
-
-  _, seconds = _timed(epoch, runs)
+  seconds, moved = _epoch(model, part, trainer, steps, laid_out.parts, runs)
   alike = _as_items([pair.item for pair in pairs])
   flops = _backward(settings.lora) * _flops(model, alike)
   yield Phase("distil", kind, "pairs", len(pairs), _tokens(alike), flops, moved, seconds)
@@ -250,6 +234,28 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
 def _backward(lora: LoRA | None) -> int:
   """Operations of a training step, as a multiple of the forward pass: no gradient is computed of frozen weights."""
   return 2 if lora else 3
+
+
+def _epoch(
+  model: ModelHandle,
+  part: TrainedPart,
+  trainer: Trainer,
+  steps: Sequence[Sequence[int]],
+  microbatches: Callable[[Sequence[int]], Iterable[Any]],
+  runs: int,
+) -> tuple[float, float]:
+  """Seconds of one pass over all steps, and the bytes that it has to move."""
+  state = trainer.start(part.load())
+  batches = sum(1 for step in steps for _ in microbatches(step))
+  moved = _trained_bytes(model, part, state.trainable, batches, len(steps))
+
+  def epoch():
+    nonlocal state
+    for step in steps:
+      state, metrics = trainer.step(state, part.frozen, microbatches(step))
+    return metrics
+
+  return _timed(epoch, runs)[1], moved
 
 
 def _trained_bytes(model: ModelHandle, part: TrainedPart, trainable: Params, batches: int, steps: int) -> float:
