@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Advance = Callable[..., None]
+LOG_WIDTH = 120  # columns of what is printed where no terminal says how wide it is
 SILENCE = 60  # seconds between two lines of a stage where no bar can be drawn
 
 

@@ -12,7 +12,7 @@ _COLUMNS = (
   "round",
   "win rate %\n[95%]",
   "won/tied/\nlost",
-  "tokens\nbase → now",
+  "tokens\nbase→now",
   "student\nrandom",
   "student\nmined",
   "KL\nnats",
@@ -21,7 +21,10 @@ _COLUMNS = (
 
 
 def closing_table(run: Path) -> Table:
-  """Finished rounds of the run in a folder, at most 80 columns wide; raises UserError if it holds no run."""
+  """Finished rounds of the run in a folder; raises UserError if it holds no run.
+
+  80 columns are enough while counts are below 1,000.
+  """
   finished = load_run(run).finished
   table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, caption_justify="left")
   table.caption = _conclusion(finished)
@@ -37,11 +40,11 @@ def _cells(metrics: Metrics) -> list[str]:
   return [
     f"{_points(metrics.win_rate)} [{_points(low)}, {_points(high)}]",
     "/".join(MISSING if count is None else str(count) for count in (metrics.wins, metrics.ties, metrics.losses)),
-    f"{_whole(metrics.mean_length_base)} → {_whole(metrics.mean_length_policy)}",
+    f"{_whole(metrics.mean_length_base)}→{_whole(metrics.mean_length_policy)}",
     _change(metrics.student_accuracy_random),
     _change(metrics.student_accuracy_mined),
     number(metrics.kl_from_initial),
-    f"{sum(metrics.seconds.values()) / 60:.1f}",
+    _minutes(sum(metrics.seconds.values())),
   ]
 
 
@@ -63,7 +66,11 @@ def _conclusion(finished: list[Round]) -> str:
 
 
 def _change(values: Change) -> str:
-  return f"{_points(values.initial, 0)} → {_points(values.now, 0)}"
+  return f"{_points(values.initial, 0)}→{_points(values.now, 0)}"
+
+
+def _minutes(seconds: float) -> str:
+  return f"{seconds / 60:.{1 if seconds < 6000 else 0}f}"
 
 
 def _points(value: float | None, digits: int = 1) -> str:
