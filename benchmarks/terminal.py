@@ -15,10 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.workers import WorkerError
-from tsalign_jax.progress import LOG_WIDTH
+from tsalign_jax.progress import width
 from tsalign_jax.types import UserError
 
-console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, soft_wrap=True, highlight=False)
+console = Console(width=width(), soft_wrap=True, highlight=False)
 
 
 def parser(description: str) -> argparse.ArgumentParser:

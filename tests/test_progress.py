@@ -1,10 +1,13 @@
 """Tests of what a stage shows of its progress where no bar can be drawn."""
 
 import io
+import sys
+import types
 
+import pytest
 from rich.console import Console
 
-from tsalign_jax.progress import SILENCE, terminal_progress
+from tsalign_jax.progress import LOG_WIDTH, SILENCE, terminal_progress, width
 
 
 def shown(seconds: list[float]) -> list[str]:
@@ -37,3 +40,14 @@ def test_what_an_earlier_attempt_did_is_done_and_says_nothing_of_the_speed():
 
 def test_a_stage_of_a_few_seconds_is_one_line():
   assert len(shown([1.0] * 8)) == 1
+
+
+@pytest.mark.parametrize(
+  ("terminal", "columns", "expected"), [(True, None, None), (False, None, LOG_WIDTH), (False, "200", None)]
+)
+def test_tables_in_logs_are_wide_unless_the_user_says_how_wide(terminal, columns, expected, monkeypatch):
+  monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(isatty=lambda: terminal))
+  monkeypatch.delenv("COLUMNS", raising=False)
+  if columns:
+    monkeypatch.setenv("COLUMNS", columns)
+  assert width() == expected

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from tsalign_jax.host_memory import use_huge_pages
-from tsalign_jax.progress import LOG_WIDTH
+from tsalign_jax.progress import width
 from tsalign_jax.types import UserError
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
   rich_markup_mode="markdown",
   help="Align a language model with preferences mined from its own answers (TS-Align), on TPU, GPU or CPU.",
 )
-console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+console = Console(width=width())
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file; every key is described in tsalign_jax/config.py.")]
 Overrides = Annotated[

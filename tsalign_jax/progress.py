@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -9,8 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Advance = Callable[..., None]
-LOG_WIDTH = 120  # columns of what is printed where no terminal says how wide it is
+LOG_WIDTH = 120  # columns where neither a terminal nor the user says how many
 SILENCE = 60  # seconds between two lines of a stage where no bar can be drawn
+
+
+def width() -> int | None:
+  """Columns of a console: None to ask the terminal or the variable `COLUMNS`, enough for every table in a log."""
+  return None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
 
 
 def terminal_progress(console: Console, clock: Callable[[], float] = time.monotonic) -> Callable[[str], Callable]:
