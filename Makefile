@@ -36,7 +36,7 @@ $(VENV)/serve: $(VENV)/test
 	touch $@
 
 $(VENV)/plan: $(VENV)/test
-	$(VENV)/bin/pip install --quiet --editable ".[plan]"
+	$(VENV)/bin/pip install --quiet --editable ".[tpu]"
 	touch $@
 
 # Two small models that lie in Python packages; only their files are used, none of their code or dependencies.

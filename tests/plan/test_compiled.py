@@ -14,7 +14,7 @@ from tsalign_jax.parallel.topology import ENVIRONMENT
 
 pytestmark = [
   pytest.mark.plan,
-  pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: the extra `plan`"),
+  pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: the extra `tpu`"),
 ]
 
 HBM = {"v5e:4x4": 15.75 * 2**30, "v5p:2x2x4": 95.74 * 2**30}  # usable, of each device

@@ -25,7 +25,7 @@ def topology_mesh(name: str, *, data: int = 1, fsdp: int = -1, tensor: int = 1) 
   Raises UserError where libtpu is not installed, there is no such slice, or the sizes do not make its devices.
   """
   if importlib.util.find_spec("libtpu") is None:
-    raise UserError("compiling for a TPU needs its compiler; install it with: pip install 'tsalign_jax[plan]'")
+    raise UserError("compiling for a TPU needs its compiler; install it with: pip install 'tsalign_jax[tpu]'")
   whole_chips = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}  # else two devices a chip
   try:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **whole_chips)
