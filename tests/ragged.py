@@ -36,3 +36,11 @@ def ragged_items(seed: int, *, count: int = 5, k: int = 3, prompt: int = 40, res
 def packed_rows(items: list[Item], tokens: int = 1 << 20, ways: int = 1) -> tuple[Packed, np.ndarray]:
   """The first batch of so many tokens, if not of all items, and which item is where: -1 where there is none."""
   return next(Packing(items, len(items), tokens, ways).batches(range(len(items))))
+
+
+def real_tokens(batch: Branches | Packed) -> np.ndarray:
+  """[batch, tokens, 1, 1]: everything but padding."""
+  if isinstance(batch, Packed):
+    return (batch.item > 0)[..., None, None]
+  branches = np.asarray(batch.branch_mask).reshape(len(batch.trunk), -1)
+  return np.concatenate([batch.trunk_mask, branches], axis=1)[..., None, None]

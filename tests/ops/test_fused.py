@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ragged import packed_rows, ragged_items
+from ragged import packed_rows, ragged_batch, ragged_items, real_tokens
 
 from tsalign_jax.ops import fused
-from tsalign_jax.ops.attention import PackedRows
+from tsalign_jax.ops.attention import PackedRows, TrunkAndBranches
 from tsalign_jax.ops.masking import Masking
 from tsalign_jax.parallel.mesh import make_mesh
-from tsalign_jax.types import Packed
+from tsalign_jax.types import Branches, Packed
 
 MASKINGS = {
   "plain": Masking(0.3),
@@ -21,39 +21,51 @@ MASKINGS = {
 }
 
 
-def attention(packed: Packed, masking: Masking, mesh, dtype):
+def packed_batch() -> Packed:
+  return packed_rows(ragged_items(3, count=30, k=2))[0]
+
+
+def long_trunks() -> Branches:
+  """Of more tokens than a block has queries."""
+  return ragged_batch(3, rows=2, k=2, prompt=150, response=20)
+
+
+BATCHES = {"packed rows": packed_batch, "trunks with branches": long_trunks}
+
+
+def attention(batch: Packed | Branches, masking: Masking, mesh, dtype):
   """What four heads over two of keys attend to in these rows, and the gradients of some function of it."""
   keys = jax.random.split(jax.random.key(0), 4)
-  shape = (*packed.tokens.shape, 4, 16)
+  real = real_tokens(batch)
   query, key, value, other = (
-    jax.random.normal(each, (*shape[:2], heads, 16), dtype) for each, heads in zip(keys, (4, 2, 2, 4), strict=True)
+    jax.random.normal(each, (*real.shape[:2], heads, 16), dtype) for each, heads in zip(keys, (4, 2, 2, 4), strict=True)
   )
-  real = (packed.item > 0)[..., None, None]
+  over = PackedRows if isinstance(batch, Packed) else TrunkAndBranches
 
   @jax.jit
   def run(kind, query, key, value):
     layer = masking if isinstance(masking.kind, int) and masking.kind == 0 else masking._replace(kind=kind)
-    out, _ = PackedRows(packed, mesh)(query, key, value, masking=layer, layer=0, cache=None)
+    out, _ = over(batch, mesh)(query, key, value, masking=layer, layer=0, cache=None)
     return jnp.where(real, out, 0)
 
   out, back = jax.vjp(lambda *tensors: run(jnp.asarray(masking.kind), *tensors), query, key, value)
   return out, back(jnp.where(real, other, 0))
 
 
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("masking", MASKINGS.values(), ids=MASKINGS)
-def test_the_fused_path_equals_xla_with_its_gradients(masking, one_device, monkeypatch):
-  packed, _ = packed_rows(ragged_items(3, count=30, k=2))
+def test_the_fused_path_equals_xla_with_its_gradients(masking, batch, one_device, monkeypatch):
   monkeypatch.setattr(fused, "IMPLEMENTATION", "xla")
   results = []
   for use in (True, False):
     monkeypatch.setattr(fused, "applies", lambda *_, use=use: use)
-    results.append(attention(packed, masking, one_device, jnp.float32))
+    results.append(attention(batch(), masking, one_device, jnp.float32))
   jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-5), *results)
 
 
 def test_each_device_gets_the_key_heads_that_its_query_heads_need(one_device, monkeypatch):
   """Two of keys, which four devices cannot share as they share four of queries."""
-  packed, _ = packed_rows(ragged_items(3, count=30, k=2))
+  packed = packed_batch()
   monkeypatch.setattr(fused, "IMPLEMENTATION", "xla")
   monkeypatch.setattr(fused, "applies", lambda *_: True)
   kernel, heads, parts = jax.nn.dot_product_attention, [], []
@@ -77,15 +89,15 @@ def test_each_device_gets_the_key_heads_that_its_query_heads_need(one_device, mo
 
 
 @pytest.mark.accelerator
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("masking", MASKINGS.values(), ids=MASKINGS)
-def test_the_kernel_on_a_gpu_equals_xla_to_rounding(masking, monkeypatch):
+def test_the_kernel_on_a_gpu_equals_xla_to_rounding(masking, batch, monkeypatch):
   mesh = make_mesh()
   if not fused.applies(mesh, jnp.bfloat16, 16, masking):
     pytest.skip("needs an NVIDIA GPU")
-  packed, _ = packed_rows(ragged_items(3, count=30, k=2))
-  ours = attention(packed, masking, mesh, jnp.bfloat16)
+  ours = attention(batch(), masking, mesh, jnp.bfloat16)
   monkeypatch.setattr(fused, "applies", lambda *_: False)
-  theirs = attention(packed, masking, mesh, jnp.bfloat16)
+  theirs = attention(batch(), masking, mesh, jnp.bfloat16)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype(float), b.astype(float), atol=0.06), ours, theirs)
 
 

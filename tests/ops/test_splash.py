@@ -13,7 +13,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from jax.experimental.pallas.ops.tpu import splash_attention
-from ragged import packed_rows, ragged_batch, ragged_items
+from ragged import packed_rows, ragged_batch, ragged_items, real_tokens
 
 from tsalign_jax.config import Align, Policy
 from tsalign_jax.data.batching import prompts_only
@@ -99,14 +99,6 @@ def random_tensors(batch: Branches | Packed, heads: int, kv_heads: int, head_dim
   drawn = [random.normal(size=(*shape, count, head_dim)) for count in (heads, kv_heads, kv_heads, heads)]
   *tensors, cotangent = (array.astype(np.float32) for array in drawn)
   return Tensors(*tensors), cotangent
-
-
-def real_tokens(batch: Branches | Packed) -> np.ndarray:
-  """[batch, tokens, 1, 1]: everything but padding."""
-  if isinstance(batch, Packed):
-    return (batch.item > 0)[..., None, None]
-  branches = np.asarray(batch.branch_mask).reshape(len(batch.trunk), -1)
-  return np.concatenate([batch.trunk_mask, branches], axis=1)[..., None, None]
 
 
 def program(mesh, masking: Masking):

@@ -1,7 +1,7 @@
 """Attention of branch tokens to [their shared trunk | their own branch], without a key for any sibling.
 
 Here it is plain XLA; on TPUs whole batches go to one kernel instead (see `ops.splash`), and on NVIDIA GPUs packed rows
-to another (see `ops.fused`).
+and trunks to another (see `ops.fused`).
 """
 
 import functools
@@ -19,7 +19,7 @@ from tsalign_jax.ops.einsum import heads_first, soft_cap, transposed, wide_matmu
 from tsalign_jax.ops.masking import Masking
 from tsalign_jax.types import Branches, Packed
 
-BLOCK = 128  # queries of a packed row that are computed together
+BLOCK = 128  # queries of a row that are computed together
 MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
 
 
@@ -41,7 +41,7 @@ def attend(
   query: Float[Array, "batch k length heads head_dim"],
   position: Int[Array, "batch k length"],
   own: Sequence[Keys],
-  trunk: Keys | None,
+  trunk: Keys,
   masking: Masking,
 ) -> Float[Array, "batch k length heads head_dim"]:
   """Softmax attention of each query over its trunk and its own branch, causal by position.
@@ -54,13 +54,12 @@ def attend(
   grouped = query.reshape(batch, k, length, kv_heads, -1)
   rows = heads_first(grouped).reshape(batch, k, kv_heads, -1, head_dim)  # rows that meet the same keys
   parts = [_meet_if_seen(rows, position, keys, masking) for keys in own]
-  if trunk is not None:
-    # The trunk's keys are met by the queries of all its branches at once.
-    visible = _visible(position, trunk, masking).reshape(batch, k * length, -1)
-    by_trunk = jnp.swapaxes(rows, 1, 2).reshape(batch, kv_heads, -1, head_dim)
-    met = meet(by_trunk, trunk.key, trunk.value, visible, masking.scale, masking.softcap)
-    apart = (array.reshape(batch, kv_heads, k, -1, *array.shape[3:]) for array in met)
-    parts.append(Met(*(jnp.swapaxes(array, 1, 2) for array in apart)))
+  # The trunk's keys are met by the queries of all its branches at once.
+  visible = _visible(position, trunk, masking).reshape(batch, k * length, -1)
+  by_trunk = jnp.swapaxes(rows, 1, 2).reshape(batch, kv_heads, -1, head_dim)
+  met = meet(by_trunk, trunk.key, trunk.value, visible, masking.scale, masking.softcap)
+  apart = (array.reshape(batch, kv_heads, k, -1, *array.shape[3:]) for array in met)
+  parts.append(Met(*(jnp.swapaxes(array, 1, 2) for array in apart)))
   out = functools.reduce(_join, parts).normalised()
   out = jnp.swapaxes(out.reshape(batch, k, kv_heads, length, -1, head_dim), 2, 3)
   return out.reshape(query.shape).astype(query.dtype)
@@ -164,8 +163,10 @@ class TrunkAndBranches:
     if splash.applies(self.mesh, query.dtype):
       columns = splash.Columns(self.prompt, self.shape[2])
       return splash.attend_tokens(query, key, value, self.trunk_length, columns, masking, self.mesh), cache
-    trunk = Keys(*lay_out(key[:, : self.prompt], value[:, : self.prompt]), self.trunk_position, self.trunk_mask)
-    out = attend_trunk(query[:, : self.prompt], trunk, masking)
+    of_trunk = [array[:, : self.prompt] for array in (query, key, value)]
+    trunk = Keys(*lay_out(*of_trunk[1:]), self.trunk_position, self.trunk_mask)
+    visible = _visible(self.trunk_position[:, None], trunk, masking)[:, 0]
+    out = attend_rows(*of_trunk, visible, masking, self.mesh)
     if self.shape[1]:
       branch = [self._branches(array) for array in (query, key, value)]
       own = Keys(*lay_out(*branch[1:]), self.branch_position, self.branch_mask)
@@ -180,8 +181,7 @@ class TrunkAndBranches:
 class PackedRows:
   """Attention over a `Packed` batch: what training attends with, and scoring of few responses.
 
-  Queries go in blocks, each with the keys before its end, so that next to nothing is computed of what comes later. On
-  TPUs a kernel skips all that is not seen, and on NVIDIA GPUs another one keeps no weights.
+  On TPUs a kernel skips all that is not seen; elsewhere see `attend_rows`.
   """
 
   def __init__(self, batch: Packed, mesh: Mesh | None = None):
@@ -196,25 +196,41 @@ class PackedRows:
     """The attention output [rows, columns, heads, head_dim], and the cache as it came (there is none to keep)."""
     if splash.applies(self.mesh, query.dtype):
       return splash.attend_packed(query, key, value, self.visible, self.position, masking, self.mesh), cache
-    rows, columns, _, head_dim = query.shape
     visible = self.visible
     if (window := masking.window) is not None:
       visible = visible & (self.position[:, :, None] - self.position[:, None] < window)
-    if fused.applies(self.mesh, query.dtype, head_dim, masking):
-      return fused.attend_packed(query, key, value, visible, masking.scale, self.mesh), cache
-    kv_heads = key.shape[2]
-    key, value = lay_out(key, value)
-    grouped = heads_first(query.reshape(rows, columns, kv_heads, -1))
-    ends = (*range(BLOCK, columns, BLOCK), columns)
-    blocks, keys, values = jnp.split(grouped, ends[:-1], axis=2), _up_to(ends, 3, key), _up_to(ends, 2, value)
-    parts = []
-    for block, key, value, end in zip(blocks, keys, values, ends, strict=True):
-      size = block.shape[2]
-      seen = visible[:, end - size : end, :end]
-      met = meet(block.reshape(rows, kv_heads, -1, head_dim), key, value, seen, masking.scale, masking.softcap)
-      parts.append(met.normalised().reshape(rows, kv_heads, size, -1, head_dim))
-    out = jnp.swapaxes(jnp.concatenate(parts, axis=2), 1, 2)
-    return out.reshape(query.shape).astype(query.dtype), cache
+    return attend_rows(query, key, value, visible, masking, self.mesh), cache
+
+
+def attend_rows(
+  query: Float[Array, "rows columns heads head_dim"],
+  key: Float[Array, "rows columns kv_heads head_dim"],
+  value: Float[Array, "rows columns kv_heads head_dim"],
+  visible: Bool[Array, "rows columns columns"],
+  masking: Masking,
+  mesh: Mesh | None,
+) -> Float[Array, "rows columns heads head_dim"]:
+  """Softmax attention of each token over what is visible to it, of the columns up to its own.
+
+  Queries go in blocks, each with the keys before its end, so that next to nothing is computed of what comes later, and
+  the weights of one block are all that is held. On NVIDIA GPUs a kernel holds none.
+  """
+  rows, columns, _, head_dim = query.shape
+  if fused.applies(mesh, query.dtype, head_dim, masking):
+    return fused.attend(query, key, value, visible, masking.scale, mesh)
+  kv_heads = key.shape[2]
+  key, value = lay_out(key, value)
+  grouped = heads_first(query.reshape(rows, columns, kv_heads, -1))
+  ends = (*range(BLOCK, columns, BLOCK), columns)
+  blocks, keys, values = jnp.split(grouped, ends[:-1], axis=2), _up_to(ends, 3, key), _up_to(ends, 2, value)
+  parts = []
+  for block, key, value, end in zip(blocks, keys, values, ends, strict=True):
+    size = block.shape[2]
+    seen = visible[:, end - size : end, :end]
+    met = meet(block.reshape(rows, kv_heads, -1, head_dim), key, value, seen, masking.scale, masking.softcap)
+    parts.append(met.normalised().reshape(rows, kv_heads, size, -1, head_dim))
+  out = jnp.swapaxes(jnp.concatenate(parts, axis=2), 1, 2)
+  return out.reshape(query.shape).astype(query.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -249,12 +265,6 @@ def lay_out(
   *batch, length, heads, head_dim = key.shape
   by_column = transposed(key.reshape(*batch, length, -1))
   return by_column.reshape(*batch, heads, head_dim, length), heads_first(value)
-
-
-def attend_trunk(query: Float[Array, "batch prompt heads head_dim"], trunk: Keys, masking: Masking):
-  """Causal self-attention of the trunk: one branch that has no trunk of its own."""
-  own = jax.tree.map(lambda array: array[:, None], trunk)
-  return attend(query[:, None], own.position, [own], None, masking)[:, 0]
 
 
 def positions(batch: Branches) -> tuple[Int[Array, "batch prompt"], Int[Array, "batch k response"]]:

@@ -1,7 +1,7 @@
-"""Attention of packed rows as one fused kernel on NVIDIA GPUs: cuDNN's, which JAX offers.
+"""Attention of packed rows and of trunks as one fused kernel on NVIDIA GPUs: cuDNN's, which JAX offers.
 
 It never holds the attention weights of a row, though it does hold the row's mask, and it computes what the mask hides.
-So trunks with branches, whose siblings hide most of each other, stay with XLA, which does not compute them.
+So branches, which see none of their siblings, stay with XLA, which does not compute those.
 """
 
 import jax
@@ -26,7 +26,7 @@ def applies(mesh: Mesh | None, dtype, head_dim: int, masking: Masking) -> bool:
   return all(float(device.compute_capability) >= LEAST_CAPABILITY for device in mesh.devices.flat)
 
 
-def attend_packed(
+def attend(
   query: Float[Array, "rows columns heads head_dim"],
   key: Float[Array, "rows columns kv_heads head_dim"],
   value: Float[Array, "rows columns kv_heads head_dim"],
