@@ -4,7 +4,6 @@ import dataclasses
 from io import StringIO
 
 import jax
-import numpy as np
 import pytest
 import tiny
 from ragged import packed_rows
@@ -13,6 +12,7 @@ from rich.console import Console
 from tsalign_jax import bench
 from tsalign_jax.config import LoRA, Policy, Student, load_config
 from tsalign_jax.data.packing import Item
+from tsalign_jax.data.texts import Text, make_texts
 from tsalign_jax.models.config import read_config
 from tsalign_jax.models.loading import language_model, reward_model
 from tsalign_jax.models.lora import trained_part
@@ -89,10 +89,10 @@ def test_operations_that_a_last_layer_spares_are_those_of_the_compiled_programs(
   tiny.encoder(family, tmp_path)
   model = reward_model(Student(path=tmp_path, dtype="float32"))
   params, rows, length = model.load(one_device, head_key=jax.random.key(0)), 4, 96
-  tokens, mask = np.full((rows, length), 5), np.ones((rows, length), bool)
+  texts = make_texts([[Text([5] * length, [0] * length)]] * rows, [[(row, 0)] for row in range(rows)], length, 1, rows)
 
-  def counted(wanted: int | None) -> float:
-    program = jax.jit(lambda params: model.skeleton.bind(params).model(tokens, mask, wanted=wanted))
+  def counted(*, first_only: bool) -> float:
+    program = jax.jit(lambda params: model.skeleton.bind(params).model(texts, first_only=first_only))
     return program.lower(params).compile().cost_analysis()["flops"]
 
   def ours(pooling: str) -> float:
@@ -100,7 +100,7 @@ def test_operations_that_a_last_layer_spares_are_those_of_the_compiled_programs(
     items = [Item([], [[5] * length])] * rows
     return bench._flops(dataclasses.replace(model, config=config), items)
 
-  assert 0.7 < (ours("mean") - ours("cls")) / (counted(None) - counted(1)) < 1
+  assert 0.7 < (ours("mean") - ours("cls")) / (counted(first_only=False) - counted(first_only=True)) < 1
 
 
 def test_keys_beyond_a_window_are_not_counted(tmp_path):

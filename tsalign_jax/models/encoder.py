@@ -9,21 +9,23 @@ from typing import Protocol
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from tsalign_jax.models.config import EncoderConfig
 from tsalign_jax.models.layers import Embedding, LayerNorm, Linear, Rotation, activate, rotate, rotation
 from tsalign_jax.ops.attention import lay_out, meet
 from tsalign_jax.ops.einsum import heads_first
 from tsalign_jax.ops.order import CACHED, after, on_one_cpu
-from tsalign_jax.types import UserError
+from tsalign_jax.types import Texts
+
+Columns = Int[Array, "rows wanted"]
 
 
 class Attend(Protocol):
-  """How the queries of one layer meet its keys: rotated or not, near or far, never at padding."""
+  """How the queries of one layer meet its keys: rotated or not, near or far, only in their own text."""
 
   def __call__(self, query, key, value):
-    """The output, shaped like query [rows, length, heads, head_dim]."""
+    """The output, shaped like query [rows, wanted, heads, head_dim]."""
     ...
 
 
@@ -38,20 +40,15 @@ class Embeddings(nnx.Module):
     self.token_type_embeddings = Embedding(types, config.embed, rngs) if config.type_vocab else None
     self.norm = LayerNorm(config.embed, config.norm_eps, bias=config.norm_bias)
 
-  def __call__(self, tokens, token_types, dtype):
+  def __call__(self, texts: Texts, dtype):
     """The normed sum of the embeddings of each token."""
-    x = self.word_embeddings(tokens, dtype)
+    x = self.word_embeddings(texts.tokens, dtype)
     if self.token_type_embeddings is not None:
-      x = x + self.token_type_embeddings(jnp.zeros_like(tokens) if token_types is None else token_types, dtype)
+      types = texts.types if self.config.type_vocab > 1 else jnp.zeros_like(texts.tokens)
+      x = x + self.token_type_embeddings(types, dtype)
     if self.position_embeddings is not None:
-      x = x + self.position_embeddings(self._positions(tokens.shape[1]), dtype)
+      x = x + self.position_embeddings(texts.position + self.config.first_position, dtype)
     return self.norm(x)
-
-  def _positions(self, length: int) -> Int[Array, " length"]:
-    longest = self.config.max_tokens
-    if length > longest:  # positions beyond the table would be read as its last one, without an error
-      raise UserError(f"sequences of {length} tokens: this {self.config.family} has positions for {longest}")
-    return jnp.arange(length) + self.config.first_position
 
 
 class BertLayer(nnx.Module):
@@ -70,9 +67,9 @@ class BertLayer(nnx.Module):
     self.output_norm = LayerNorm(config.embed, config.norm_eps)
     self.activation = config.activation
 
-  def __call__(self, x, attend: Attend, wanted: int | None = None):
-    """The hidden states after this layer: of all tokens, or of so many first ones."""
-    asking = x[:, :wanted]
+  def __call__(self, x, attend: Attend, wanted: Columns | None = None):
+    """The hidden states after this layer: of all columns, or of those that are wanted."""
+    asking = _at(wanted, x)
     x = self.attention_norm(asking + self.attention_output(attend(self.query(asking), self.key(x), self.value(x))))
     return self.output_norm(x + self.down(activate(self.activation, self.up(x))))
 
@@ -92,10 +89,10 @@ class ModernBertLayer(nnx.Module):
     self.mlp_out = Linear(mlp, embed, rngs, bias=config.mlp_bias)
     self.activation = config.activation
 
-  def __call__(self, x, attend: Attend, wanted: int | None = None):
-    """The hidden states after this layer: of all tokens, or of so many first ones."""
+  def __call__(self, x, attend: Attend, wanted: Columns | None = None):
+    """The hidden states after this layer: of all columns, or of those that are wanted."""
     query, key, value = jnp.moveaxis(self.attn_qkv(x if self.attn_norm is None else self.attn_norm(x)), 2, 0)
-    x = x[:, :wanted] + self.attn_out(attend(query[:, :wanted], key, value))
+    x = _at(wanted, x) + self.attn_out(attend(_at(wanted, query), key, value))
     activated, factor = jnp.moveaxis(self.mlp_in(self.mlp_norm(x)), 2, 0)
     return x + self.mlp_out(activate(self.activation, activated, factor))
 
@@ -115,41 +112,46 @@ class Encoder(nnx.Module):
     self.final_norm = LayerNorm(config.embed, config.norm_eps, bias=config.norm_bias) if modern else None
 
   def __call__(
-    self,
-    tokens: Int[Array, "rows length"],
-    mask: Bool[Array, "rows length"],
-    token_types: Int[Array, "rows length"] | None = None,
-    *,
-    wanted: int | None = None,
-    mesh: Mesh | None = None,
-    dtype=jnp.float32,
-    remat: bool = False,
-  ) -> Float[Array, "rows wanted embed"]:
-    """Hidden states of right-padded rows; `mask` is True at real tokens, and no real token sees the padding.
+    self, texts: Texts, *, first_only: bool = False, mesh: Mesh | None = None, dtype=jnp.float32, remat: bool = False
+  ) -> Float[Array, "rows columns embed"] | Float[Array, "rows texts embed"]:
+    """Hidden states of all columns or, if only these are wanted, of each text's first; no text sees another one.
 
-    `wanted` is of how many first tokens they are wanted; None is of all. The last layer computes no others.
-    `token_types` tells the two texts of a BERT pair apart; without it every token is of the first.
-    Raises UserError where rows are longer than the model has positions for.
+    Of other columns, the last layer then computes keys and values only.
     """
-    x = self.embeddings(tokens, token_types, dtype)
-    for index, (layer, attend) in enumerate(zip(self.layers, self._attends(mask, on_one_cpu(mesh)), strict=True)):
-      some = wanted if index == len(self.layers) - 1 else None
+    x = self.embeddings(texts, dtype)
+    attends, wanted = self._attends(texts, first_only, on_one_cpu(mesh)), [None] * len(self.layers)
+    if first_only:
+      wanted[-1] = texts.first
+    for layer, attend, some in zip(self.layers, attends, wanted, strict=True):
       x = _rematerialised(layer, x, attend, some) if remat else layer(x, attend, some)
     return x if self.final_norm is None else self.final_norm(x)
 
-  def _attends(self, mask, in_turn: bool) -> list[Attend]:
-    position = jnp.arange(mask.shape[1])
-    turns = [rotation(rope, self.config.head_dim, position[None], position.shape[0]) for rope in self.config.ropes]
-    visible = {window: _visible(mask, window) for window in dict.fromkeys(self.config.windows)}
-    return [
-      functools.partial(attention, visible=visible[window], turn=None if rope is None else turns[rope], in_turn=in_turn)
+  def _attends(self, texts: Texts, first_only: bool, in_turn: bool) -> list[Attend]:
+    length = texts.position.shape[1]
+    turns = [rotation(rope, self.config.head_dim, texts.position, length) for rope in self.config.ropes]
+    turns = [(turn, turn) for turn in turns]
+    kinds = {window: _visible(texts, window) for window in dict.fromkeys(self.config.windows)}
+    layers = [
+      (kinds[window], None if rope is None else turns[rope])
       for window, rope in zip(self.config.windows, self.config.layer_ropes, strict=True)
     ]
+    if first_only:
+      visible, turn = layers[-1]
+      visible = _at(texts.first, visible) if visible.shape[1] > 1 else visible
+      layers[-1] = visible, turn and (Rotation(*(_at(texts.first, part) for part in turn[0])), turn[1])
+    return [functools.partial(attention, visible=visible, turns=turn, in_turn=in_turn) for visible, turn in layers]
 
 
-def _rematerialised(layer, x, attend: Attend, wanted: int | None):
+def _rematerialised(layer, x, attend: Attend, wanted: Columns | None):
   # A function of its own, because nnx.remat would trace `attend` if it were an argument.
   return nnx.remat(lambda layer, x: layer(x, attend, wanted))(layer, x)
+
+
+def _at(columns: Columns | None, x: Shaped[Array, "rows columns *rest"]) -> Shaped[Array, "rows wanted *rest"]:
+  """What stands in these columns of each row; all of it where none are named."""
+  if columns is None:
+    return x
+  return jnp.take_along_axis(x, columns.reshape(*columns.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def attention(
@@ -157,18 +159,17 @@ def attention(
   key: Float[Array, "rows length heads head_dim"],
   value: Float[Array, "rows length heads head_dim"],
   *,
-  visible: Bool[Array, " rows #length length"],
-  turn: Rotation | None = None,
+  visible: Bool[Array, " rows #wanted length"],
+  turns: tuple[Rotation, Rotation] | None = None,
   in_turn: bool = False,
 ) -> Float[Array, "rows wanted heads head_dim"]:
-  """Softmax attention of the first tokens' queries over the keys that each may see; `turn` rotates by position.
+  """Softmax attention of queries over the keys that each may see; `turns` rotate queries and keys by position.
 
   `in_turn` computes a few rows after the other, whose logits stay in a CPU's caches.
   """
   rows, wanted, heads, _ = query.shape
-  visible = visible[:, :wanted]
-  if turn is not None:
-    query, key = rotate(query, Rotation(*(part[:, :wanted] for part in turn))), rotate(key, turn)
+  if turns is not None:
+    query, key = rotate(query, turns[0]), rotate(key, turns[1])
   at_once = max(1, CACHED // (heads * wanted * key.shape[1])) if in_turn else rows
   out = []
   for start in range(0, rows, at_once):
@@ -179,9 +180,13 @@ def attention(
   return jnp.concatenate(out)
 
 
-def _visible(mask, window: int | None) -> Bool[Array, " rows #length length"]:
-  """Which keys each query may see: real tokens, at most `window` to either side."""
+def _visible(texts: Texts, window: int | None) -> Bool[Array, " rows #columns columns"]:
+  """Which columns each one sees: those of its own text, at most `window` to either side."""
+  text = texts.text
+  seen = (text > 0)[:, None, :]
+  if texts.first.shape[1] > 1:
+    seen = seen & (text[:, :, None] == text[:, None, :])
   if window is None:
-    return mask[:, None, :]
-  position = jnp.arange(mask.shape[1])
-  return mask[:, None, :] & (jnp.abs(position[:, None] - position) <= window)
+    return seen
+  column = jnp.arange(text.shape[1])
+  return seen & (jnp.abs(column[:, None] - column) <= window)

@@ -1,17 +1,17 @@
-"""A backbone with a head: next-token logits, or one reward for each branch (each row, for an encoder)."""
+"""A backbone with a head: next-token logits, or one reward for each branch (each text, for an encoder)."""
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from tsalign_jax.models.config import DecoderConfig, EncoderConfig
 from tsalign_jax.models.decoder import Decoder, Layout
 from tsalign_jax.models.encoder import Encoder
 from tsalign_jax.models.layers import LayerNorm, Linear, activate
 from tsalign_jax.ops.attention import PackedRows, TrunkAndBranches, flatten
-from tsalign_jax.ops.einsum import soft_cap, wide_dot
-from tsalign_jax.types import Branches, Packed
+from tsalign_jax.ops.einsum import soft_cap, wide_dot, wide_matmul
+from tsalign_jax.types import Branches, Packed, Texts
 
 
 class LanguageModel(nnx.Module):
@@ -73,7 +73,7 @@ def _last_packed(batch: Packed) -> Int[Array, "rows items k"]:
 
 
 class EncoderRewardModel(nnx.Module):
-  """An encoder that gives each row one score: transformers' `...ForSequenceClassification` with one label.
+  """An encoder that gives each text one score: transformers' `...ForSequenceClassification` with one label.
 
   The families differ in names only: what is `dense` here is BERT's pooler, RoBERTa's `classifier.dense` and
   ModernBERT's `head.dense`; of them, only ModernBERT has a `norm`.
@@ -88,24 +88,18 @@ class EncoderRewardModel(nnx.Module):
     self.norm = LayerNorm(config.embed, config.norm_eps, bias=config.norm_bias) if modern else None
     self.out = Linear(pooled, {"label": 1}, rngs, bias=True)
 
-  def __call__(self, tokens: Int[Array, "rows length"], mask: Bool[Array, "rows length"], *rest, **how):
-    """The reward of each row [rows]. Arguments are those of `features`."""
-    return _reward(self.out, self.features(tokens, mask, *rest, **how))
+  def __call__(self, texts: Texts, **how) -> Float[Array, "items k"]:
+    """The reward of each response. Keywords are those of `features`."""
+    return _reward(self.out, self.features(texts, **how))
 
   def features(
-    self,
-    tokens: Int[Array, "rows length"],
-    mask: Bool[Array, "rows length"],
-    token_types: Int[Array, "rows length"] | None = None,
-    *,
-    mesh: Mesh | None = None,
-    dtype=jnp.float32,
-    remat: bool = False,
-  ) -> Float[Array, "rows pooled"]:
-    """What the last map reads of each row: of its first token or, where the configuration says so, the mean of all."""
-    first = self.config.pooling == "cls"
-    hidden = self.model(tokens, mask, token_types, wanted=1 if first else None, mesh=mesh, dtype=dtype, remat=remat)
-    pooled = hidden[:, 0] if first else _mean(hidden, mask)
+    self, texts: Texts, *, mesh: Mesh | None = None, dtype=jnp.float32, remat: bool = False
+  ) -> Float[Array, "items k pooled"]:
+    """What the last map reads of each response's text: its first token or, if configured so, the mean of all."""
+    first_only = self.config.pooling == "cls"
+    hidden = self.model(texts, first_only=first_only, mesh=mesh, dtype=dtype, remat=remat)
+    pooled = hidden if first_only else _means(hidden, texts)
+    pooled = pooled.reshape(-1, pooled.shape[-1])[texts.place]
     pooled = activate(self.config.classifier_activation, self.dense(pooled))
     return pooled if self.norm is None else self.norm(pooled)
 
@@ -116,6 +110,8 @@ def _reward(head: Linear, pooled: Float[Array, "*batch embed"]) -> Float[Array, 
   return reward if head.bias is None else reward + head.bias[...].astype(jnp.float32)
 
 
-def _mean(hidden, mask):
-  total = jnp.where(mask[..., None], hidden, 0).sum(axis=1, dtype=jnp.float32)
-  return (total / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)).astype(hidden.dtype)
+def _means(hidden: Float[Array, "rows columns embed"], texts: Texts) -> Float[Array, "rows texts embed"]:
+  """The mean of each text's hidden states, summed in float32."""
+  of_text = texts.text[:, None, :] == jnp.arange(1, texts.first.shape[1] + 1)[:, None]
+  total = wide_matmul(of_text.astype(hidden.dtype), hidden)
+  return (total / jnp.maximum(of_text.sum(-1, keepdims=True), 1)).astype(hidden.dtype)

@@ -1,4 +1,4 @@
-"""Reward models: text in, one score a response out; decoders read trunks with branches, encoders pairs of texts."""
+"""Reward models: text in, one score a response out; decoders read trunks with branches, encoders each text apart."""
 
 import abc
 import functools
@@ -14,28 +14,21 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tsalign_jax.config import RewardModel
-from tsalign_jax.data.batching import bucket, make_branches, pad_right, part_size
+from tsalign_jax.data.batching import bucket, make_branches, part_size
 from tsalign_jax.data.chat import Chat, load_tokenizer
 from tsalign_jax.data.packing import Item, Packing, row_cost, row_length
+from tsalign_jax.data.texts import Text, TextPacking, make_texts
 from tsalign_jax.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from tsalign_jax.models.functional import Params
 from tsalign_jax.models.hf import WeightFiles
 from tsalign_jax.models.loading import ModelHandle, reward_config
 from tsalign_jax.parallel.mesh import batch_ways, pipelined, put_batch
-from tsalign_jax.types import Branches, Conversation, Packed, UserError
+from tsalign_jax.types import Branches, Conversation, Packed, Texts, UserError
 
 FEW = 4  # responses to a prompt that go into packed rows, where the model is a decoder
 ROOM = 1.1  # of packed rows, for what is left over in them
 SERVED = 4  # batches that a program for narrow steps of widths has to serve, so that it spares more than it costs
 COARSE = 4  # steps of widths for fewer
-
-
-class Rows(NamedTuple):
-  """K encoder inputs for each of several prompts, right-padded."""
-
-  tokens: Int[Array, "batch k length"]
-  token_types: Int[Array, "batch k length"]
-  length: Int[Array, "batch k"]
 
 
 class Encoded(NamedTuple):
@@ -262,7 +255,7 @@ class DecoderEngine(RewardEngine):
 
 
 class EncoderEngine(RewardEngine):
-  """Each prompt plus response is a row of its own, as a pair of texts."""
+  """Each prompt plus response is a text of its own, of two parts."""
 
   steps = 16
 
@@ -300,41 +293,38 @@ class EncoderEngine(RewardEngine):
     """The characters of each token."""
     return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 
-  def collate(self, items: Sequence[Encoded], steps: int) -> Rows:
-    """Rows of one width."""
-    _, length = self.widths(items, steps)
-    shape = (len(items), len(items[0].responses))
-    rows = [row for item in items for row in item.responses]
-    types = [row for item in items for row in item.types]
-    lengths = np.asarray([len(row) for row in rows], np.int32)
-    return Rows(
-      pad_right(rows, length).reshape(*shape, length),
-      pad_right(types, length).reshape(*shape, length),
-      lengths.reshape(shape),
-    )
+  def collate(self, items: Sequence[Encoded], steps: int) -> Texts:
+    """Each text in a row of its own."""
+    _, columns = self.widths(items, steps)
+    rows = [[(index, k)] for index, item in enumerate(items) for k in range(len(item.responses))]
+    return make_texts([_texts(item) for item in items], rows, columns, 1, len(items))
 
   def widths(self, items: Sequence[Encoded], steps: int) -> tuple[int, int]:
     """No prompt of its own, and the longest prompt with its response."""
     return 0, min(bucket(max(item.width for item in items), steps), self.limit)
 
-  def rewards(self, module, batch: Rows) -> Float[Array, "batch k"]:
-    """The reward of each row."""
-    return module(*self._flat(batch), **self._how).reshape(batch.length.shape)
+  def rewards(self, module, batch: Texts) -> Float[Array, "items k"]:
+    """The reward of each text."""
+    return module(batch, **self._how)
 
-  def features(self, module, batch: Rows) -> Float[Array, "batch k pooled"]:
-    """What is left of each row before the last map."""
-    return module.features(*self._flat(batch), **self._how).reshape(*batch.length.shape, -1)
+  def features(self, module, batch: Texts) -> Float[Array, "items k pooled"]:
+    """What is left of each text before the last map."""
+    return module.features(batch, **self._how)
 
-  def _flat(self, batch: Rows):
-    """Tokens, mask and token types of all rows."""
-    width = batch.tokens.shape[-1]
-    types = batch.token_types.reshape(-1, width) if self.model.config.type_vocab > 1 else None
-    return batch.tokens.reshape(-1, width), np.arange(width) < batch.length.reshape(-1, 1), types
+  def lay_out(self, items: Sequence[Encoded], at_once: int, tokens: int) -> Batches:
+    """Single texts by like width, of which there are many. Those that must stay together: several in a row."""
+    if len(items[0].responses) == 1:
+      return super().lay_out(items, at_once, tokens)
+    return TextPacking([_texts(item) for item in items], at_once, tokens, batch_ways(self.mesh))
 
   def _units(self, items: Sequence[Encoded]) -> Iterator[tuple[int, Sequence[int], Encoded]]:
     for index, item in enumerate(items):
       for k, row in enumerate(item.responses):
         yield index, [k], Encoded([], [row], [item.types[k]], [item.cut[k]])
+
+
+def _texts(item: Encoded) -> list[Text]:
+  return list(map(Text, item.responses, item.types))
 
 
 def _by_length(item: Encoded) -> list[list[int]]:
