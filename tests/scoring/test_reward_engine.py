@@ -139,6 +139,21 @@ def test_long_conversation_loses_the_start_of_its_prompt_and_is_counted(tmp_path
   assert [item.prompt + each for each in item.responses] == [tokens[1:], short.prompt + short.responses[0]]
 
 
+@pytest.mark.parametrize("behind", ["", " tell ? take"])
+def test_long_response_loses_its_end_but_not_what_the_template_writes_behind_it(behind, tmp_path, one_device):
+  """Where the reward is read."""
+  template = tiny.TEMPLATE + "{% if not add_generation_prompt %}" + behind + "{% endif %}"
+  _, tokenizer = decoder_folder(tmp_path, "llama", template=template)
+  settings = Student(path=tmp_path, dtype="float32", max_tokens=9)
+  engine = build_reward_engine(reward_model(settings), one_device, settings)
+  prompt, response = ASKED[0][0], "the dog and the cat and the bird and the fish and the tree"
+  item = engine.encode(prompt, [response])
+  (tokens,) = item.responses
+  written = tokenizer.decode(tokens)
+  assert len(tokens) == 9 and item.prompt == [] and item.cut == [True]
+  assert written.endswith("<end>" + behind) and "the dog and" in written
+
+
 def test_scores_of_a_bfloat16_model_are_not_rounded_to_it(tmp_path, one_device):
   decoder_folder(tmp_path, "llama")
   scores = np.asarray(scores_of(tmp_path, one_device, dtype="bfloat16"), np.float32)

@@ -141,7 +141,7 @@ def _cut_caveat(metrics: Metrics) -> str | None:
     return None
   return (
     f"The student scored {metrics.student_cut:,} of {metrics.student_scored:,} responses of the last round without the "
-    "start of their prompt, as they are longer than student.max_tokens or its positions."
+    "start of their prompt, or also their own end, as they are longer than student.max_tokens or its positions."
   )
 
 

@@ -189,9 +189,9 @@ class DecoderEngine(RewardEngine):
   def encode(self, prompt: Conversation, responses: Sequence[str]) -> Encoded:
     """The templated conversations; over the limit, the prompt loses its start and then a response its end.
 
-    Each conversation has the tokens that it would have alone: what all of them begin with, up to where the answer
-    starts, is the trunk. Where one has to be cut, what is left of the prompt differs by response, and all bring their
-    own.
+    What the template writes behind a response stays: the reward is read there. Each conversation has the tokens that it
+    would have alone: what all of them begin with, up to where the answer starts, is the trunk. Where one has to be cut,
+    what is left of the prompt differs by response, and all bring their own.
     """
     whole = [self.chat.conversation_tokens([*prompt, {"role": "assistant", "content": text}]) for text in responses]
     end = min(len(self.chat.prompt_tokens(prompt)), min(map(len, whole)) - 1)
@@ -201,7 +201,21 @@ class DecoderEngine(RewardEngine):
     cut = [len(trunk) + len(branch) > self.limit for branch in branches]
     if not any(cut):
       return Encoded(trunk, branches, [], cut)
-    return Encoded([], [(trunk[-max(1, self.limit - len(row)) :] + row)[: self.limit] for row in branches], [], cut)
+    return Encoded([], [self._fitted(trunk, row) for row in branches], [], cut)
+
+  def _fitted(self, trunk: list[int], branch: list[int]) -> list[int]:
+    whole = trunk[-max(1, self.limit - len(branch)) :] + branch
+    over = max(0, len(whole) - self.limit)
+    end = len(whole) - self._ending
+    return whole[: end - over] + whole[end:]
+
+  @functools.cached_property
+  def _ending(self) -> int:
+    """How many tokens the template writes behind a response."""
+    ask = {"role": "user", "content": "a"}
+    two = (self.chat.conversation_tokens([ask, {"role": "assistant", "content": text}])[::-1] for text in "ab")
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*two, strict=False))
+    return min(len(list(alike)), self.limit - 1)
 
   def collate(self, items: Sequence[Encoded], steps: int) -> Branches:
     """Trunks and branches, each with a width of their own."""
