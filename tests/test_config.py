@@ -1,5 +1,6 @@
 """The schema: every field is read and described, and the shipped configurations load."""
 
+import datetime
 import re
 from pathlib import Path
 
@@ -179,7 +180,12 @@ WRONG_TEACHERS = {
     at("budget", 5),
     "teacher.endpoint: a budget needs prices; set input_price and output_price",
   ),
-  "no address": (at("base_url", "localhost:8000"), "teacher.endpoint: base_url must begin with http:// or https://"),
+  "no address": (
+    at("base_url", "localhost:8000"),
+    "teacher.endpoint: base_url must be a valid address, http:// or https://",
+  ),
+  "no such host": (at("base_url", "http://1.2.3.999/v1"), "teacher.endpoint: base_url must be a valid address"),
+  "what no request can hold": (JUDGE | {"extra_body": {"on": datetime.date(2026, 1, 2)}}, "teacher.extra_body.on"),
   "several answers": (JUDGE | {"extra_body": {"n": 4}}, "teacher: extra_body must not hold 'n'"),
 }
 

@@ -8,10 +8,19 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
-from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+  BaseModel,
+  BeforeValidator,
+  ConfigDict,
+  Field,
+  HttpUrl,
+  JsonValue,
+  TypeAdapter,
+  ValidationError,
+  model_validator,
+)
 
 from tsalign_jax.nested import walk
 from tsalign_jax.types import UserError
@@ -187,7 +196,10 @@ class Endpoint(Section):
   base_url: str
   """Where an OpenAI-compatible server answers: https://api.openai.com/v1, http://localhost:8000/v1."""
   api_key_env: str | None = "OPENAI_API_KEY"
-  """Name of the environment variable that holds the key; null for a server that asks for none."""
+  """Name of the environment variable that holds the key; null for a server that asks for none.
+
+  Fewer than 8 characters are taken for a word that a local server wants to see, and not for a secret.
+  """
   concurrency: Count = 16
   """Requests under way at once."""
   timeout: Positive = 120.0
@@ -214,9 +226,11 @@ class Endpoint(Section):
   @model_validator(mode="after")
   def _usable(self):
     # Messages do not repeat the values: what was put in the wrong place may be a secret.
-    address = urlsplit(self.base_url)
-    if address.scheme not in ("http", "https") or not address.hostname:
-      raise ValueError("base_url must begin with http:// or https:// and name a host")
+    try:
+      address = TypeAdapter(HttpUrl).validate_python(self.base_url)
+    except ValidationError as error:
+      why = error.errors()[0]["msg"]
+      raise ValueError(f"base_url must be a valid address, http:// or https:// and a host ({why})") from None
     if address.username or address.password or address.query:
       raise ValueError("base_url must hold no user, password or query; the key belongs in an environment variable")
     if self.api_key_env is not None and not re.fullmatch("[A-Z][A-Z0-9_]*", self.api_key_env):
@@ -237,7 +251,7 @@ class ChatTeacher(Section):
   """Sampling temperature; null leaves it to the server."""
   max_tokens: Count = 1024
   """Longest answer in tokens."""
-  extra_body: dict[str, Any] = {}
+  extra_body: dict[str, JsonValue] = {}
   """Further fields of each request, as this server names them: {reasoning_effort: low}."""
   both_orders: bool = True
   """Ask about each pair in both orders, and call it inconsistent if the answers disagree; or in one that is drawn."""

@@ -13,8 +13,9 @@ import time
 import pytest
 from chat_server import FAULTS, REFUSALS, TRANSIENT, UNREADABLE, completion
 from chat_server import truth as honest
-from teachers.asked import KEY, Waits, judge, pair, pairs, rows, truth
+from teachers.asked import KEY, Waits, judge, pair, pairs, prompt, rows, truth
 
+from tsalign_jax.teachers.ledger import accounts
 from tsalign_jax.teachers.store import VerdictStore
 from tsalign_jax.types import UserError, Verdict
 
@@ -342,6 +343,12 @@ def test_key_that_no_header_could_carry_is_refused_and_not_repeated(key, server,
   assert "cret" not in str(error.value)
 
 
+def test_key_in_the_configuration_is_refused_and_not_repeated(server, tmp_path):
+  with pytest.raises(UserError, match="teacher: holds the key itself") as error:
+    judge(server, tmp_path, extra_body={"token": f"Bearer {KEY}"})
+  assert KEY not in str(error.value)
+
+
 def test_key_that_the_server_repeats_is_taken_out_of_evidence_and_files(server, tmp_path):
   server.answer = lambda content: completion(f"<think>I was called with {KEY}.</think>A") | {"model": KEY}
   with judge(server, tmp_path) as teacher:
@@ -471,7 +478,29 @@ def test_trouble_with_an_answer_stops_all_and_nobody_waits_for_its_end(trouble, 
   assert rows(tmp_path / "ledger.sqlite", "SELECT count(*) FROM attempts WHERE outcome = 'answered'") == [(2,)]
 
 
+def test_question_that_is_ended_before_it_begins_hears_why(server, tmp_path):
+  """As when another batch has to stop in the very moment in which this one is asked about."""
+  with judge(server, tmp_path) as teacher:
+    asker = teacher._asker
+
+    async def interrupted():
+      asking = asyncio.create_task(asker.ask([teacher.question(prompt(0), "x", "y")]))
+      await asyncio.sleep(0)  # asked, and the question is yet to begin
+      asker._stopped = UserError("the reason")
+      await asker._drain(())
+      await asking
+
+    with pytest.raises(UserError, match="the reason"):
+      asker.run(interrupted()).result()
+
+
 def test_file_that_is_no_store_is_named(server, tmp_path):
   (tmp_path / "verdicts.sqlite").write_text("not a database, but long enough to be looked at" * 10)
   with pytest.raises(UserError, match=r"verdicts.sqlite: cannot be used as an SQLite file"), judge(server, tmp_path):
     pass
+
+
+def test_file_that_is_no_ledger_is_named_by_whoever_reads_it(tmp_path):
+  (tmp_path / "ledger.sqlite").write_text("not a database, but long enough to be looked at" * 10)
+  with pytest.raises(UserError, match=r"ledger.sqlite: cannot be read as an SQLite file"):
+    accounts(tmp_path / "ledger.sqlite")

@@ -48,11 +48,13 @@ WRONG = {
   "no messages": ("answer: letter\nmessages: []\n", "messages is a list of"),
   "wrong role": (GOOD.replace("user", "judge"), "messages is a list of {role: system | user | assistant"),
   "unknown format": (GOOD.replace("letter", "number"), "has answer 'number', but this teacher reads letter or mark"),
+  "a list of formats": (GOOD.replace("letter", "[letter]"), "has answer ['letter'], but"),
   "for a ranker": (GOOD.replace("letter", "ranking"), "has answer 'ranking', but"),
   "syntax": (GOOD.replace("{{ first }}", "{{ first"), "is not a valid template"),
   "leaves one out": (GOOD.replace("{{ second }}", ""), "does not show {{ second }}"),
   "unknown value": (GOOD.replace("{{ second }}", "{{ second }} {{ third }}"), "uses 'third', but all it is given is"),
   "unknown part": (GOOD.replace("{{ prompt }}", "{{ prompt.text }}"), "cannot be filled in"),
+  "sum of text and number": (GOOD.replace("{{ first }}", "{{ first + 1 }}"), "cannot be filled in"),
 }
 
 

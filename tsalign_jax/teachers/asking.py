@@ -61,6 +61,8 @@ class Asker:
     self._identity, self._settings, self._endpoint = identity, settings, settings.endpoint
     self._run, self._where, self._clock = run, where, clock
     self._client = ChatClient(settings.endpoint, where, clock)
+    if self._client.key_is_in(settings.model_dump_json()):
+      raise UserError(f"{where}: holds the key itself, which belongs in the environment alone; take it out")
 
   def open(self) -> None:
     """Opens the store and the ledger, and starts the thread."""
@@ -96,6 +98,10 @@ class Asker:
       return await asyncio.gather(*map(self._task, questions))
     except UserError:
       await self._drain(self._sending)
+      raise
+    except asyncio.CancelledError:
+      if self._stopped:  # of a question that was ended before it began
+        raise self._stopped from None
       raise
 
   def worked(self) -> tuple[int, float]:

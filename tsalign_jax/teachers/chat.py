@@ -87,6 +87,10 @@ class ChatClient:
       first = error.errors()[0]
       return Trouble(Outcome.MALFORMED, f"not a chat completion ({'.'.join(map(str, first['loc']))} {first['msg']})")
 
+  def key_is_in(self, text: str) -> bool:
+    """Whether the key stands somewhere in this text."""
+    return self._without_key(text) != text
+
   async def close(self) -> None:
     """Closes connections."""
     if self._client is not None:

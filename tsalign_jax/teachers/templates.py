@@ -47,7 +47,7 @@ def load_template(name: str, where: str, *, answers: Collection[str], sample: Ma
   except (yaml.YAMLError, UnicodeDecodeError) as error:
     raise UserError(f"{where}: {file} is not valid YAML: {' '.join(str(error).split())}") from error
   _check_form(found, f"{where}: {file}")
-  if found["answer"] not in answers:
+  if found["answer"] not in [*answers]:  # it may be anything
     raise UserError(f"{where}: {file} has answer {found['answer']!r}, but this teacher reads {' or '.join(answers)}")
   messages, used = [], set()
   for message in found["messages"]:
@@ -60,8 +60,8 @@ def load_template(name: str, where: str, *, answers: Collection[str], sample: Ma
   template = Template(found["answer"], tuple(messages), hashlib.sha256(content).hexdigest()[:16])
   try:
     template.fill(**sample)
-  except jinja2.TemplateError as error:
-    raise UserError(f"{where}: {file} cannot be filled in: {error.message}") from error
+  except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+    raise UserError(f"{where}: {file} cannot be filled in: {error}") from error
   return template
 
 
