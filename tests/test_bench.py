@@ -16,6 +16,7 @@ from tsalign_jax.data.texts import Text, make_texts
 from tsalign_jax.models.config import read_config
 from tsalign_jax.models.loading import language_model, reward_model
 from tsalign_jax.models.lora import trained_part
+from tsalign_jax.parallel.mesh import make_mesh
 from tsalign_jax.training.align import build_reference
 from tsalign_jax.types import UserError
 
@@ -69,7 +70,22 @@ def test_training_moves_weights_for_each_batch_and_the_optimizer_for_each_step(t
     trained = 4 * sum(array.size for array in part.load().values())
     assert (trained < size / 4) if lora else (trained == size)
     frozen = size - table if lora else 0
-    assert bench._trained_bytes(model, part, part.load(), 5, 2) == 5 * (2 * frozen + 4 * trained) + 2 * 7 * trained
+    assert bench._trained_bytes(model, part, part.load(), 5, 2, 1) == 5 * (2 * frozen + 4 * trained) + 2 * 7 * trained
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_each_device_reads_all_weights_but_updates_what_it_holds(axis, tmp_path):
+  tiny.decoder("llama", tmp_path)
+  model = language_model(Policy(path=tmp_path, dtype="float32"))
+  mesh = make_mesh(**{"data": 1, "fsdp": 1, axis: 8})
+  params = model.load(mesh)
+  part = trained_part(model, None, lambda: params, jax.random.key(0), mesh)
+  size = 4 * sum(array.size for array in params.values())
+  held = size * 8
+  if axis == "fsdp":  # but for the norms, which are not split
+    held = sum(array.nbytes * (1 if "fsdp" in array.sharding.spec else 8) for array in params.values())
+    assert size < held < 2 * size
+  assert bench._trained_bytes(model, part, params, 5, 2, 8) == 5 * 2 * (8 * size + held) + 2 * 7 * held
 
 
 def test_operations_are_those_of_the_compiled_forward_pass(tmp_path, one_device):
@@ -127,7 +143,7 @@ def test_decoding_reads_weights_at_each_step_and_keys_once(tmp_path):
   item = Item([5] * 10, ([6] * 8, [7] * 4))
   weights = 2 * (bench._weights(model).tokens + model.config.vocab * model.config.embed)
   keys = 2 * 2 * model.config.layers * model.config.kv_heads * model.config.head_dim
-  assert bench._decoded_bytes(model, [item], 2) == 6 * weights + (10 * 8 + 8**2 / 2 + 4**2 / 2) * keys
+  assert bench._decoded_bytes(model, [item], 2, 3) == 6 * 3 * weights + (10 * 8 + 8**2 / 2 + 4**2 / 2) * keys
 
 
 def test_decoding_reads_no_keys_before_a_window(tmp_path):
@@ -146,7 +162,7 @@ def test_decoding_reads_no_keys_before_a_window(tmp_path):
   weights = 2 * (bench._weights(model).tokens + model.config.vocab * model.config.embed)
   half = model.config.layers // 2
   read = half * of_token * (everything + bench._keys_read(item, window))
-  assert bench._decoded_bytes(model, [item], 2) == 6 * weights + read
+  assert bench._decoded_bytes(model, [item], 2, 1) == 6 * weights + read
 
 
 def test_weights_are_the_matrices_without_the_vocabulary(tmp_path, one_device):

@@ -5,6 +5,7 @@ smaller share of the machine's own best. Programs are compiled before they are t
 """
 
 import dataclasses
+import itertools
 import math
 import time
 from collections import Counter
@@ -85,12 +86,12 @@ def bench(config: Config, prompts: int, runs: int) -> Iterator[Machine | Phase]:
   conversations = [prompt.messages for prompt in read_prompts(config.prompts.train)]
   policy, student = language_model(config.policy), reward_model(config.student)
   chat = Chat.load(config.policy.path)
-  tokens = [chat.prompt_tokens(messages) for messages in conversations]
-  usable = [index for index, row in enumerate(tokens) if len(row) <= config.prompts.max_tokens][:prompts]
-  if not usable:
+  tokenised = ((messages, chat.prompt_tokens(messages)) for messages in conversations)
+  usable = ((messages, tokens) for messages, tokens in tokenised if len(tokens) <= config.prompts.max_tokens)
+  chosen = list(itertools.islice(usable, prompts))
+  if not chosen:
     raise UserError(f"{config.prompts.train}: every prompt is longer than prompts.max_tokens")
   yield measure(mesh, {policy.dtype_name, student.dtype_name})
-  chosen = [(conversations[i], tokens[i]) for i in usable]
   sampled_on = sampling_mesh(config, mesh)
   params = policy.for_inference.load(sampled_on)
   sampled, phase = _sample(config, policy, sampled_on, params, chat, chosen, runs)
@@ -156,8 +157,9 @@ def _legend(machine: Machine) -> str:
   return (
     f"{machine.devices}: {products} in a large matrix product, "
     f"{machine.bandwidth / 1e9:.3g} GB/s to and from memory, both measured here. Tokens are sampled ones, elsewhere "
-    "those of prompts and responses. Bytes are those that have to move: weights for each batch, in sampling for each "
-    "step with the keys and values that are seen, in training gradients and the optimizer's state as well."
+    "those of prompts and responses. Bytes are those that have to move: weights for each batch on each replica, in "
+    "sampling for each step with the keys and values that are seen, in training gradients and the optimizer's state as "
+    "well."
   )
 
 
@@ -174,7 +176,7 @@ def _sample(config: Config, model: ModelHandle, mesh: Mesh, params: Params, chat
   items = [Item(row, [list(answer.tokens) for answer in answers[index]]) for index, row in enumerate(tokens)]
   texts = [[chat.text(tokens) for tokens in item.responses] for item in items]
   new = sum(item.targets for item in items)
-  flops, moved = _flops(model, items), _decoded_bytes(model, items, sampler.slots * sampler.lanes)
+  flops, moved = _flops(model, items), _decoded_bytes(model, items, sampler.slots * sampler.lanes, batch_ways(mesh))
   phase = Phase("sample", model.dtype_name, "tokens", new, new, flops, moved, seconds)
   return Sampled([messages for messages, _ in prompts], texts, items), phase
 
@@ -194,7 +196,8 @@ def _align(
 
   logps, seconds = _timed(known, runs)
   batches = sum(1 for step in steps for _ in packing.batches(step))
-  work, moved = (model.dtype_name, "pairs", len(pairs), _tokens(pairs)), batches * _read(model, params)
+  work = (model.dtype_name, "pairs", len(pairs), _tokens(pairs))
+  moved = batches * batch_ways(mesh) * _read(model, params)
   yield Phase("reference", *work, _flops(model, pairs), moved, seconds)
 
   part = trained_part(model, settings.lora, lambda: params, jax.random.key(0), mesh)
@@ -203,7 +206,7 @@ def _align(
   def microbatches(step: Sequence[int]):
     return align.make_batches(packing, step, logps, mesh)
 
-  seconds, moved = _epoch(model, part, trainer, steps, microbatches, runs)
+  seconds, moved = _epoch(model, mesh, part, trainer, steps, microbatches, runs)
   yield Phase("align", *work, _backward(settings.lora) * _flops(model, pairs), moved, seconds)
 
 
@@ -214,7 +217,7 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
   items = [engine.encode(*each) for each in zip(sampled.prompts, sampled.texts, strict=True)]
   _, seconds = _timed(lambda: list(engine.score(params, items)), runs)
   responses, alike = sum(len(item.responses) for item in items), _as_items(items)
-  moved = engine.count_batches(items) * _read(model, params)
+  moved = engine.count_batches(items) * batch_ways(mesh) * _read(model, params)
   kind = model.dtype_name
   yield Phase("score", kind, "responses", responses, _tokens(alike), _flops(model, alike), moved, seconds)
   if settings is None:
@@ -225,7 +228,7 @@ def _student(config: Config, model: ModelHandle, mesh: Mesh, sampled: Sampled, r
   steps, laid_out = in_order(len(pairs), settings.batch_size), reward.Examples(engine, pairs, settings)
   part = trained_part(model, settings.lora, lambda: params, jax.random.key(0), mesh)
   trainer = build_trainer(reward.build_loss(engine, settings), settings, len(steps), part.skeleton, mesh)
-  seconds, moved = _epoch(model, part, trainer, steps, laid_out.parts, runs)
+  seconds, moved = _epoch(model, mesh, part, trainer, steps, laid_out.parts, runs)
   alike = _as_items([pair.item for pair in pairs])
   flops = _backward(settings.lora) * _flops(model, alike)
   yield Phase("distil", kind, "pairs", len(pairs), _tokens(alike), flops, moved, seconds)
@@ -238,6 +241,7 @@ def _backward(lora: LoRA | None) -> int:
 
 def _epoch(
   model: ModelHandle,
+  mesh: Mesh,
   part: TrainedPart,
   trainer: Trainer,
   steps: Sequence[Sequence[int]],
@@ -247,7 +251,7 @@ def _epoch(
   """Seconds of one pass over all steps, and the bytes that it has to move."""
   state = trainer.start(part.load())
   batches = sum(1 for step in steps for _ in microbatches(step))
-  moved = _trained_bytes(model, part, state.trainable, batches, len(steps))
+  moved = _trained_bytes(model, part, state.trainable, batches, len(steps), batch_ways(mesh))
 
   def epoch():
     nonlocal state
@@ -258,12 +262,16 @@ def _epoch(
   return _timed(epoch, runs)[1], moved
 
 
-def _trained_bytes(model: ModelHandle, part: TrainedPart, trainable: Params, batches: int, steps: int) -> float:
+def _trained_bytes(
+  model: ModelHandle, part: TrainedPart, trainable: Params, batches: int, steps: int, ways: int
+) -> float:
   """Bytes that training has to move: weights forth and back, gradients added to for each batch, AdamW for each step.
 
-  The update reads gradients, weights and two moments, and writes all but the first.
+  The update reads gradients, weights and two moments, and writes all but the first. Each of the `ways` in which a batch
+  is split reads all weights, but updates what its devices hold.
   """
-  return batches * (2 * _read(model, part.frozen) + 4 * _size(trainable)) + steps * 7 * _size(trainable)
+  read = _read(model, part.frozen) + _size(trainable)
+  return batches * 2 * (ways * read + _held(trainable)) + steps * 7 * _held(trainable)
 
 
 def _read(model: ModelHandle, params: Params) -> int:
@@ -274,6 +282,11 @@ def _read(model: ModelHandle, params: Params) -> int:
 
 def _size(params: Params) -> int:
   return sum(array.nbytes for array in params.values())
+
+
+def _held(params: Params) -> int:
+  """Bytes on all devices together: what several of them hold is counted for each."""
+  return sum(shard.data.nbytes for array in params.values() for shard in array.addressable_shards)
 
 
 def _tokens(items: Sequence[Item]) -> int:
@@ -359,10 +372,11 @@ def _weights(model: ModelHandle) -> Weights:
   return Weights(sum(sizes.values()) - rare, rare)
 
 
-def _decoded_bytes(model: ModelHandle, items: Sequence[Item], lanes: int) -> float:
+def _decoded_bytes(model: ModelHandle, items: Sequence[Item], lanes: int, ways: int) -> float:
   """Bytes that decoding has to read: all weights at each step of full lanes, and the keys and values of what is seen.
 
-  A prompt's own are read once for all of its responses that grow together.
+  A prompt's own are read once for all of its responses that grow together; weights, in each of the `ways` in which
+  slots are split.
   """
   config, width = model.config, model.dtype.itemsize
   weights = (_weights(model).tokens + config.vocab * config.embed) * width
@@ -370,7 +384,7 @@ def _decoded_bytes(model: ModelHandle, items: Sequence[Item], lanes: int) -> flo
   of_token = 2 * config.kv_heads * config.head_dim * width
   layers = Counter(config.windows).items()
   read = sum(count * _keys_read(item, window) for item in items for window, count in layers)
-  return steps * weights + read * of_token
+  return steps * weights * ways + read * of_token
 
 
 def _keys_read(item: Item, window: int | None) -> float:

@@ -106,7 +106,7 @@ def bench(
   with console.status("measuring the machine") as status:
     for result in measure(settings, prompts, runs):
       results.append(result)
-      status.update(f"{len(results) - 1} of 5 phases are done")
+      status.update(f"{len(results) - 1} of {5 if settings.distil else 4} phases are done")
   console.print(table(results[0], results[1:]))
 
 
