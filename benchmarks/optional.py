@@ -1,7 +1,9 @@
 """Peers that live in Python environments of their own, because their requirements contradict ours."""
 
 import argparse
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.contest import Settings, Side
@@ -13,7 +15,9 @@ LLAMA_CPP = [{"batch": batch} for batch in (32, 16, 8)]  # prompts
 
 def add_tunix(parser: argparse.ArgumentParser) -> None:
   """The option that names the interpreter."""
-  parser.add_argument("--tunix", metavar="PYTHON", help="interpreter of an environment with google-tunix")
+  parser.add_argument(
+    "--tunix", metavar="PYTHON", type=_program, help="interpreter of an environment with google-tunix"
+  )
 
 
 def tunix(options: argparse.Namespace, contender: str, candidates: Sequence[Settings] = TUNIX) -> list[Side]:
@@ -23,8 +27,12 @@ def tunix(options: argparse.Namespace, contender: str, candidates: Sequence[Sett
 
 def add_llama_cpp(parser: argparse.ArgumentParser) -> None:
   """The options that name the interpreter and the model."""
-  parser.add_argument("--llama-cpp", metavar="PYTHON", help="interpreter of an environment with llama-cpp-python")
-  parser.add_argument("--gguf", metavar="FILE", help="the policy as the GGUF file that it was imported from")
+  parser.add_argument(
+    "--llama-cpp", metavar="PYTHON", type=_program, help="interpreter of an environment with llama-cpp-python"
+  )
+  parser.add_argument(
+    "--gguf", metavar="FILE", type=_file, help="the policy as the GGUF file that it was imported from"
+  )
 
 
 def llama_cpp(options: argparse.Namespace) -> list[Side]:
@@ -39,3 +47,15 @@ def llama_cpp(options: argparse.Namespace) -> list[Side]:
 def llama_cpp_work(options: argparse.Namespace) -> dict[str, Any]:
   """What only this side needs to be told."""
   return {"gguf": options.gguf, "gguf_cache": str(options.cache)}
+
+
+def _program(text: str) -> str:
+  if not shutil.which(text):
+    raise argparse.ArgumentTypeError(f"there is no program {text!r}")
+  return text
+
+
+def _file(text: str) -> str:
+  if not Path(text).is_file():
+    raise argparse.ArgumentTypeError(f"there is no file {text!r}")
+  return text

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 ROOT = Path(__file__).parent.parent
+ONE_GPU = {"CUDA_VISIBLE_DEVICES": "0"}  # unless another is named: one side would use all of them
 ENVIRONMENT = {
   "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # as `tsalign` starts itself; for all sides alike
   "HF_HUB_OFFLINE": "1",
@@ -49,7 +50,7 @@ class Worker:
   def __init__(self, program: str, work: dict, settings: dict, *, python: str, hide: Sequence[str], log: Path):
     self.program, self.log = program, log
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    environment = ONE_GPU | os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     with log.open("w") as errors:
       self.process = subprocess.Popen(
         [python, "-m", "benchmarks.workers"],

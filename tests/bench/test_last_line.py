@@ -49,3 +49,11 @@ def test_runs_that_are_none_are_refused(runs, monkeypatch, capsys):
   with pytest.raises(SystemExit):
     command(importlib.import_module("benchmarks.sampling").main)
   assert f"{runs!r} is no number of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--tunix", "--llama-cpp", "--gguf"])
+def test_a_peer_that_is_not_there_is_refused(option, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["sampling", option, "no/such/thing"])
+  with pytest.raises(SystemExit):
+    command(importlib.import_module("benchmarks.sampling").main)
+  assert "'no/such/thing'" in capsys.readouterr().err
