@@ -81,7 +81,7 @@ class RewardModel(Model):
   max_tokens: Count = 512
   """Longest prompt plus response it reads, if it has so many positions; longer ones lose the start of the prompt."""
   batch_tokens: Count = 4096
-  """Tokens scored at once, on all devices together; a prompt and its responses are a batch even if they are more."""
+  """Tokens scored at once, on all devices together; where one prompt with its responses on each is more, that many."""
 
 
 class Student(RewardModel):
@@ -341,7 +341,10 @@ class Optimizer(Section):
   batch_size: Count = 32
   """Pairs a step."""
   microbatch_tokens: Count = 4096
-  """Tokens in device memory at once, on all devices together; a step's gradients are accumulated exactly."""
+  """Tokens in device memory at once, on all devices together; a step's gradients are accumulated exactly.
+
+  Each device has at least one row, as long as the longest item.
+  """
   epochs: Count = 1
   """Passes over the pairs."""
   checkpoint_every: Count = 100

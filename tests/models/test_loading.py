@@ -102,3 +102,12 @@ def test_stacked_layers_of_an_encoder_are_refused(tmp_path):
   tiny.encoder("bert", tmp_path)
   with pytest.raises(UserError, match=r"the layers of an encoder are always apart; leave layout = stacked out"):
     reward_model(Student(path=tmp_path, layout="stacked"))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_layers_are_apart_on_cpus_and_in_encoders_and_else_stacked(platform, tmp_path, monkeypatch):
+  tiny.decoder("llama", tmp_path / "decoder")
+  tiny.encoder("bert", tmp_path / "encoder")
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  assert language_model(Policy(path=tmp_path / "decoder")).layout == ("unrolled" if platform == "cpu" else "stacked")
+  assert reward_model(Student(path=tmp_path / "encoder")).layout == "unrolled"

@@ -90,7 +90,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-  """Embeddings, layers and the final norm. Heads are apart: see `LanguageModel` and `RewardModel`.
+  """Embeddings, layers and the final norm. Heads are apart: see `LanguageModel` and `DecoderRewardModel`.
 
   `layout` says how the layers lie: "stacked", with one leading layer axis, run by a scan (fast to compile, and
   what TPUs want), or "unrolled", one module each (what CPUs want).

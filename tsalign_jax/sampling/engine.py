@@ -8,7 +8,8 @@ next prompts move in, so no branch waits for a longer one.
                      | lane 1: branch 1 ..| branch 3 .........| (A is complete: prompt C moves in)
     slot 1   trunk B | lane 0: ...
 
-What a branch becomes depends on its prompt, its number and the key alone: never on slots, lanes or neighbours.
+What a branch becomes depends on its prompt, its number and the key alone, never on slots, lanes or neighbours: exactly
+so among arrays of one shape, and else but for how sums are rounded.
 """
 
 import dataclasses

@@ -80,4 +80,7 @@ def _check_start(job: Job, drift: float, model: ModelHandle, items: Sequence[Ite
     return
   per_token = 2 * drift / float(np.mean([item.targets for item in items]))
   if per_token > DRIFT_PER_TOKEN[model.dtype_name]:
-    raise RuntimeError(f"{job.name}: log-probabilities are {per_token:.2g} nats a token from the reference's at step 0")
+    raise RuntimeError(
+      f"{job.name}: log-probabilities are {per_token:.2g} nats a token from the reference's at step 0, "
+      "before anything was learned; this is a fault of tsalign_jax, please report it with the configuration"
+    )
