@@ -171,10 +171,10 @@ def attention(
   if turns is not None:
     query, key = rotate(query, turns[0]), rotate(key, turns[1])
   at_once = max(1, CACHED // (heads * wanted * key.shape[1])) if in_turn else rows
-  out = []
+  out, met = [], None
   for start in range(0, rows, at_once):
     some = slice(start, start + at_once)
-    asking = after(out[-1], query[some]) if out else query[some]
+    asking = query[some] if met is None else after(met.total, query[some])
     met = meet(heads_first(asking), *lay_out(key[some], value[some]), visible[some], scale=query.shape[-1] ** -0.5)
     out.append(jnp.swapaxes(met.normalised(), 1, 2).astype(query.dtype))
   return jnp.concatenate(out)
