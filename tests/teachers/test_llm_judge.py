@@ -343,10 +343,13 @@ def test_key_that_no_header_could_carry_is_refused_and_not_repeated(key, server,
   assert "cret" not in str(error.value)
 
 
-def test_key_in_the_configuration_is_refused_and_not_repeated(server, tmp_path):
-  with pytest.raises(UserError, match="teacher: holds the key itself") as error:
-    judge(server, tmp_path, extra_body={"token": f"Bearer {KEY}"})
-  assert KEY not in str(error.value)
+@pytest.mark.parametrize("key", [KEY, 'sk-a-key\\with-a-"quote'])
+def test_key_in_the_configuration_is_refused_and_not_repeated(key, server, tmp_path, monkeypatch):
+  monkeypatch.setenv("JUDGE_KEY", key)
+  for body in ({"token": f"Bearer {key}"}, {"tokens": [{key: 1}]}):
+    with pytest.raises(UserError, match="teacher: holds the key itself") as error:
+      judge(server, tmp_path, extra_body=body)
+    assert key not in str(error.value)
 
 
 def test_key_that_the_server_repeats_is_taken_out_of_evidence_and_files(server, tmp_path):

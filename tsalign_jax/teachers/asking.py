@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from tsalign_jax.config import ChatTeacher
+from tsalign_jax.nested import walk
 from tsalign_jax.teachers import ledger
 from tsalign_jax.teachers.backoff import delay
 from tsalign_jax.teachers.chat import ChatClient, Clock, Reply, Trouble
@@ -61,7 +62,7 @@ class Asker:
     self._identity, self._settings, self._endpoint = identity, settings, settings.endpoint
     self._run, self._where, self._clock = run, where, clock
     self._client = ChatClient(settings.endpoint, where, clock)
-    if self._client.key_is_in(settings.model_dump_json()):
+    if any(self._client.key_is_in(str(part)) for each in walk(settings.model_dump(mode="json")) for part in each):
       raise UserError(f"{where}: holds the key itself, which belongs in the environment alone; take it out")
 
   def open(self) -> None:
