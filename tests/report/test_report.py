@@ -90,7 +90,7 @@ def test_report_shows_what_judges_find_that_labelled_nothing(tmp_path):
     change_metrics(run, number, judges={"gold": opinion, "silver": opinion | {"undecided": 31 * number}})
   seen = words(page(run))
   assert "Further judges did not decide every comparison: silver left 62 undecided." in seen
-  assert "55.0% (48.7% to 61.2%) by gold , which labelled nothing" in seen and "52.5% (48.7% to 61.2%)" in seen
+  assert "55.0% (48.7% to 61.2%) by gold , which labelled nothing" in seen and "52.5% 48.7% to 61.2%" in seen
   assert "By judges that labelled nothing: 55.0% by gold, 55.0% by silver." in seen
   assert "By gold, which labelled nothing: 55.0 [48.7, 61.2]" in " ".join(printed(run))
 
