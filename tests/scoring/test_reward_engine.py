@@ -91,11 +91,17 @@ def test_decoder_scores_equal_transformers(family, ending, pad, tmp_path, one_de
   np.testing.assert_allclose(ours, alone(peer, rows), atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", tiny.ENCODERS)
-def test_encoder_scores_equal_transformers(family, tmp_path, one_device):
+def test_encoder_scores_equal_transformers(family, side, tmp_path, one_device):
+  """Whichever side the tokenizer pads; transformers reads scores at the first column, so that it has to pad right."""
   peer = tiny.encoder(family, tmp_path, reward=True)
   tiny.bert_tokenizer(tmp_path, pad=peer.config.pad_token_id)
+  settings = tmp_path / "tokenizer_config.json"
+  settings.write_text(json.dumps(json.loads(settings.read_text()) | {"padding_side": side}))
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  assert tokenizer.padding_side == side
+  tokenizer.padding_side = "right"
   texts = [(conversation_text(prompt), response) for prompt, response in PAIRS]
   keys = ["input_ids", "attention_mask"] + ["token_type_ids"] * (peer.config.model_type == "bert")
   with torch.inference_mode():
