@@ -127,6 +127,11 @@ def bert_tokenizer(folder: pathlib.Path, *, pad: int = 0) -> None:
   hf.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
 
 
+def change_json(file: pathlib.Path, **changes) -> None:
+  """Overwrites top-level keys of a JSON file, such as a model's config.json."""
+  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 def prompts(file: pathlib.Path, count: int, offset: int = 0) -> None:
   """Writes prompts with checks that random words satisfy now and then."""
   rows = []

@@ -1,7 +1,5 @@
 """Handles of models: what they load, restore and refuse."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,9 +89,7 @@ def test_misshapen_tensor_is_refused(tmp_path, one_device):
 
 def test_quantised_weights_are_refused(tmp_path):
   tiny.decoder("llama", tmp_path)
-  config = json.loads((tmp_path / "config.json").read_text())
-  config["quantization_config"] = {"quant_method": "fp8"}
-  (tmp_path / "config.json").write_text(json.dumps(config))
+  tiny.change_json(tmp_path / "config.json", quantization_config={"quant_method": "fp8"})
   with pytest.raises(UserError, match="its weights are quantised"):
     language_model(Policy(path=tmp_path))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import tiny
 from report.fabricate import NASTY, VERDICTS, fabricate, round_metrics, write_comparisons, write_steps
 from rich.console import Console
 
@@ -36,8 +37,7 @@ def drawings(html: str) -> list[str]:
 
 
 def change_metrics(run: Path, number: int, **changes) -> None:
-  file = run / f"round_{number:02d}" / "metrics.json"
-  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+  tiny.change_json(run / f"round_{number:02d}" / "metrics.json", **changes)
 
 
 def export_policy(run: Path) -> None:

@@ -1,7 +1,5 @@
 """Reward models from text to score, against transformers reading the same folder."""
 
-import json
-
 import jax
 import ml_dtypes
 import numpy as np
@@ -53,8 +51,7 @@ def decoder_folder(folder, family, *, template=tiny.TEMPLATE, pad="<pad>"):
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   tokenizer.pad_token = pad
   tokenizer.save_pretrained(folder)
-  config = json.loads((folder / "config.json").read_text())
-  (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": tokenizer.pad_token_id}))
+  tiny.change_json(folder / "config.json", pad_token_id=tokenizer.pad_token_id)
   peer = transformers.AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager")
   return peer.eval(), tokenizer
 
@@ -97,8 +94,7 @@ def test_encoder_scores_equal_transformers(family, side, tmp_path, one_device):
   """Whichever side the tokenizer pads; transformers reads scores at the first column, so that it has to pad right."""
   peer = tiny.encoder(family, tmp_path, reward=True)
   tiny.bert_tokenizer(tmp_path, pad=peer.config.pad_token_id)
-  settings = tmp_path / "tokenizer_config.json"
-  settings.write_text(json.dumps(json.loads(settings.read_text()) | {"padding_side": side}))
+  tiny.change_json(tmp_path / "tokenizer_config.json", padding_side=side)
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
   assert tokenizer.padding_side == side
   tokenizer.padding_side = "right"

@@ -206,7 +206,6 @@ def test_stage_judges_and_a_changed_model_is_refused(folders, tmp_path):
   config = load_config(judging.config_file(tmp_path, {"kind": "reward_model", "path": str(copy), "dtype": "float32"}))
   judging.run(config)
   judging.run(config)
-  config_file = copy / "config.json"
-  config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"layer_norm_eps": 1e-5}))
+  tiny.change_json(copy / "config.json", layer_norm_eps=1e-5)
   with pytest.raises(UserError, match=r"teacher: this run began with 'reward_model model \w+', which now is"):
     judging.run(config)
